@@ -1,0 +1,1 @@
+"""Pure decisions: which components stay, where new ones are born. Imports no torch."""

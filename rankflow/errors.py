@@ -1,0 +1,33 @@
+"""Every error that RankFlow raises on purpose.
+
+A message says which invariant broke, the value received, and the remedy; it names the site where
+there is one.
+"""
+
+
+class RankFlowError(Exception):
+    """Base of all errors below; catch it to catch everything that RankFlow raises on purpose."""
+
+
+class SpecError(RankFlowError):
+    """A spec (budget, run, or ablation) is wrong; all faults of it are listed at once."""
+
+
+class SiteError(RankFlowError):
+    """The model has no site that RankFlow can steer, or has one of an unsupported kind."""
+
+
+class BudgetError(RankFlowError):
+    """A budget cannot be met: below the minimum ranks, or above the capacity of the sites."""
+
+
+class SurgeryError(RankFlowError):
+    """A resize was refused or failed; the model and the optimizer are as they were before it."""
+
+
+class CheckpointError(RankFlowError):
+    """A checkpoint is missing, damaged, or belongs to another model or budget."""
+
+
+class ExportError(RankFlowError):
+    """An adapter could not be written so that its consumer would read the same function."""

@@ -1,0 +1,1 @@
+"""Scorers: what every component is worth, tracked on the device while training."""

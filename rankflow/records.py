@@ -1,0 +1,168 @@
+"""The frozen records that cross layer boundaries: what is known, what is decided, what happened.
+
+They hold numpy arrays and plain values only, so that deciding (``rankflow.allocation``) and
+reporting (``rankflow.report``) never import torch.
+
+Components are flattened in site order: first all components of site 0, then those of site 1, ...
+A table of ranks ``(2, 0, 1)`` has three components, whose site indices are ``(0, 0, 2)``.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+SiteKind = Literal["linear", "conv", "embedding"]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInfo:
+    """One adapted module, seen as a matrix of shape ``(out_features, in_features)``.
+
+    Attributes:
+        name: Module path from the base model's root, e.g. ``model.layers.0.self_attn.q_proj``.
+        kind: What the adapted module is.
+        in_features: Columns of the matrix view (convolution: ``in_channels * kh * kw``;
+            embedding: the vocabulary).
+        out_features: Rows of the matrix view (embedding: the embedding's width).
+        has_magnitude: Whether the site trains a DoRA magnitude, one entry per output row.
+        min_rank: Smallest rank that the budget spec allows here.
+        max_rank: Largest rank that the budget spec and the matrix allow here.
+    """
+
+    name: str
+    kind: SiteKind
+    in_features: int
+    out_features: int
+    has_magnitude: bool
+    min_rank: int
+    max_rank: int
+
+    @property
+    def component_cost(self) -> int:
+        """Trainable parameters of one component: a row of A and a column of B."""
+        return self.in_features + self.out_features
+
+    @property
+    def fixed_cost(self) -> int:
+        """Trainable parameters that the site holds at rank 0: its magnitude, if it has one."""
+        return self.out_features if self.has_magnitude else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentTable:
+    """What is known of every component at one moment; the only input of an allocation policy.
+
+    Attributes:
+        sites: The S sites, in a fixed order.
+        ranks: Live components of each site, shape ``(S,)``.
+        scores: Worth of each component, higher stays, shape ``(C,)`` with ``C = ranks.sum()``.
+        ages: Events that each component has lived through since its birth, shape ``(C,)``.
+        demand: Estimated score of one more component at each site, shape ``(S,)``.
+    """
+
+    sites: tuple[SiteInfo, ...]
+    ranks: IntArray
+    scores: FloatArray
+    ages: IntArray
+    demand: FloatArray
+
+    @property
+    def site_index(self) -> IntArray:
+        """Index of each component's site, shape ``(C,)``."""
+        return np.repeat(np.arange(len(self.sites)), self.ranks)
+
+    @property
+    def component_costs(self) -> IntArray:
+        """Trainable parameters of one component at each site, shape ``(S,)``."""
+        return np.array([site.component_cost for site in self.sites], dtype=np.int64)
+
+    @property
+    def fixed_cost(self) -> int:
+        """Trainable parameters that no plan can remove: the magnitudes of all sites."""
+        return sum(site.fixed_cost for site in self.sites)
+
+    @property
+    def min_ranks(self) -> IntArray:
+        """Smallest allowed rank of each site, shape ``(S,)``."""
+        return np.array([site.min_rank for site in self.sites], dtype=np.int64)
+
+    @property
+    def max_ranks(self) -> IntArray:
+        """Largest allowed rank of each site, shape ``(S,)``."""
+        return np.array([site.max_rank for site in self.sites], dtype=np.int64)
+
+    def cost_of(self, ranks: IntArray) -> int:
+        """Trainable adapter parameters at the given ranks, shape ``(S,)``."""
+        return self.fixed_cost + int(self.component_costs @ ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """What one event will do, decided but not yet done.
+
+    Attributes:
+        keep: For each site, the ascending indices of its components that stay.
+        births: For each site, the number of new components, shape ``(S,)``.
+    """
+
+    keep: tuple[IntArray, ...]
+    births: IntArray
+
+    @property
+    def ranks(self) -> IntArray:
+        """Rank of each site once the plan is carried out, shape ``(S,)``."""
+        return np.array([len(k) for k in self.keep], dtype=np.int64) + self.births
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentChange:
+    """One component that an event removed or gave birth to.
+
+    Attributes:
+        site: The site's name.
+        component: Its index in the site, before the event if pruned and after it if born.
+        score: Its score if pruned; the demand that called for it if born.
+        reason: Why, in a few words.
+    """
+
+    site: str
+    component: int
+    score: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankEvent:
+    """What one reallocation did.
+
+    Attributes:
+        index: Running number of the event, from 0.
+        step: Optimizer steps taken before it.
+        limit: Trainable adapter parameters that the budget allows from here on.
+        spent_before: Trainable adapter parameters before the event.
+        spent: Trainable adapter parameters after it; never above ``limit``.
+        ranks_before: Rank of each site before the event, by site name.
+        ranks: Rank of each site after it, by site name.
+        importance: Sum of the scores of each site's components before the event, by site name.
+        pruned: The components removed.
+        born: The components added.
+        seconds: Wall time of the event.
+    """
+
+    index: int
+    step: int
+    limit: int
+    spent_before: int
+    spent: int
+    ranks_before: dict[str, int]
+    ranks: dict[str, int]
+    importance: dict[str, float]
+    pruned: tuple[ComponentChange, ...]
+    born: tuple[ComponentChange, ...]
+    seconds: float

@@ -1,0 +1,1 @@
+"""Where events go: files, figures, TensorBoard."""

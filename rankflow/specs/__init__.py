@@ -1,0 +1,1 @@
+"""Declarative TOML files and the validated frozen models that they become."""
