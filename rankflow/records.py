@@ -119,6 +119,27 @@ class RankPlan:
         """Rank of each site once the plan is carried out, shape ``(S,)``."""
         return np.array([len(k) for k in self.keep], dtype=np.int64) + self.births
 
+    def sources(self, ranks: IntArray) -> IntArray:
+        """Return where each component of the new table comes from.
+
+        Args:
+            ranks: Rank of each site before the plan, shape ``(S,)``.
+
+        Returns:
+            For each component after the plan its index in the table before, or -1 if newborn;
+            survivors of a site come before its newborns.
+
+        >>> plan = RankPlan(keep=(np.array([1]), np.array([0])), births=np.array([0, 2]))
+        >>> plan.sources(np.array([2, 1]))
+        array([ 1,  2, -1, -1])
+        """
+        first = np.cumsum(ranks) - ranks
+        parts = [
+            np.concatenate([keep + start, np.full(births, -1)])
+            for keep, births, start in zip(self.keep, self.births, first, strict=True)
+        ]
+        return np.concatenate(parts).astype(np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class ComponentChange:

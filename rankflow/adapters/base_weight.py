@@ -1,0 +1,40 @@
+"""The frozen weight under an adapter, seen in the same orientation for every kind of layer."""
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+
+def output_axis(layer: LoraLayer) -> int:
+    """Axis of the base weight that runs over output features.
+
+    Embeddings and transformers' ``Conv1D`` store ``(in, out)``; all others ``(out, in, ...)``.
+    """
+    is_embedding = isinstance(layer.get_base_layer(), nn.Embedding)
+    return 1 if is_embedding or getattr(layer, "fan_in_fan_out", False) else 0
+
+
+def row_norms(layer: LoraLayer, weight: Tensor | None = None) -> Tensor:
+    r"""Euclidean norm of each output row, :math:`n_j = \lVert W_j \rVert`.
+
+    Args:
+        layer: The adapted layer.
+        weight: Its weight, or None for the base layer's own (dequantised where it is quantised).
+
+    Returns:
+        Norms of shape ``(out_features,)``, at least float32, never zero, so that a row of zeros
+        with a magnitude of zero gives 0 and not NaN.
+    """
+    if weight is None:
+        weight = dequantize_module_weight(layer.get_base_layer())
+    rows = weight.detach().movedim(output_axis(layer), 0).flatten(1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def over_rows(layer: LoraLayer, vector: Tensor) -> Tensor:
+    """Shape a vector over output features so that it broadcasts against the base weight."""
+    shape = [1] * layer.get_base_layer().weight.ndim
+    shape[output_axis(layer)] = -1
+    return vector.view(shape)

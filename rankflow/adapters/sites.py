@@ -1,0 +1,273 @@
+"""Find the sites of a PEFT model, and see each as a matrix ``scale * B @ A``.
+
+PEFT stores adapters of linear layers, convolutions and embeddings differently, but in all of them
+the rank is the first axis of A and the second axis of B. That is the uniform view used here:
+
+=========== ============================= ======================
+kind        A                             B
+=========== ============================= ======================
+linear      ``(rank, in)``                ``(out, rank)``
+conv        ``(rank, in, kh, kw)``        ``(out, rank, 1, 1)``
+embedding   ``(rank, vocabulary)``        ``(width, rank)``
+=========== ============================= ======================
+
+``flatten(1)`` turns every A into ``(rank, in_features)`` and every B into ``(out_features, rank)``.
+"""
+
+import math
+
+from peft import PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.variants import (
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
+from torch import nn
+
+from rankflow.adapters.dead import DeadVariant
+from rankflow.errors import SiteError
+from rankflow.records import SiteInfo, SiteKind
+
+_SUPPORTED_VARIANTS = (
+    DeadVariant,
+    DoraConv1dVariant,
+    DoraConv2dVariant,
+    DoraConv3dVariant,
+    DoraEmbeddingVariant,
+    DoraLinearVariant,
+)
+
+
+class Site:
+    """One adapted module for one adapter name: PEFT's layer, and its tensors in the uniform view.
+
+    A site reads the layer afresh at every access, so it stays right when PEFT or
+    ``rankflow.surgery`` replaces a parameter.
+
+    Args:
+        name: Module path from the base model's root.
+        layer: PEFT's layer.
+        adapter_name: The adapter that is steered.
+    """
+
+    def __init__(self, name: str, layer: LoraLayer, adapter_name: str) -> None:
+        self.name = name
+        self.layer = layer
+        self.adapter_name = adapter_name
+        self.kind = _kind(name, layer, adapter_name)
+
+    @property
+    def A(self) -> nn.Parameter:  # noqa: N802
+        """Right factor; its first axis is the rank."""
+        if self.kind == "embedding":
+            return self.layer.lora_embedding_A[self.adapter_name]
+        return self.layer.lora_A[self.adapter_name].weight
+
+    @property
+    def B(self) -> nn.Parameter:  # noqa: N802
+        """Left factor; its second axis is the rank."""
+        if self.kind == "embedding":
+            return self.layer.lora_embedding_B[self.adapter_name]
+        return self.layer.lora_B[self.adapter_name].weight
+
+    @property
+    def magnitude(self) -> nn.Parameter | None:
+        """DoRA's magnitude, ``out_features`` entries, or None for plain LoRA."""
+        if self.adapter_name not in self.layer.lora_magnitude_vector:
+            return None
+        return self.layer.lora_magnitude_vector[self.adapter_name].weight
+
+    @property
+    def rank(self) -> int:
+        """Live components."""
+        return self.A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """Factor of every component; it never depends on the rank."""
+        return float(self.layer.scaling[self.adapter_name])
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the matrix view."""
+        return math.prod(self.A.shape[1:])
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the matrix view."""
+        return self.B.shape[0]
+
+    @property
+    def parameters(self) -> int:
+        """Trainable adapter parameters held now."""
+        magnitude = self.magnitude
+        return self.A.numel() + self.B.numel() + (0 if magnitude is None else magnitude.numel())
+
+    def describe(self, min_rank: int = 0, max_rank: int | None = None) -> SiteInfo:
+        """Return the site's facts, with bounds on its rank cut to what the matrix can hold."""
+        largest = min(self.in_features, self.out_features)
+        return SiteInfo(
+            name=self.name,
+            kind=self.kind,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            has_magnitude=self.magnitude is not None,
+            min_rank=min(min_rank, largest),
+            max_rank=largest if max_rank is None else min(max_rank, largest),
+        )
+
+    def install(self, A: nn.Parameter, B: nn.Parameter) -> None:
+        """Put new factors of one rank in place, and keep PEFT's own record of the rank in step.
+
+        ``r``, ``lora_alpha`` and ``scaling`` stay consistent, so that PEFT's ``set_scale`` and
+        ``unscale_layer`` do not rescale the adapter later. A dead site is recorded with ``r = 1``,
+        since PEFT divides by it.
+        """
+        rank = A.shape[0]
+        if self.kind == "embedding":
+            self.layer.lora_embedding_A[self.adapter_name] = A
+            self.layer.lora_embedding_B[self.adapter_name] = B
+        else:
+            _set_weight(self.layer.lora_A[self.adapter_name], A, outputs=rank)
+            _set_weight(self.layer.lora_B[self.adapter_name], B, inputs=rank)
+        nominal = max(rank, 1)
+        self.layer.r[self.adapter_name] = nominal
+        self.layer.lora_alpha[self.adapter_name] = self.scale * nominal
+        self.layer.use_rslora[self.adapter_name] = False
+        self._set_dead(rank == 0)
+
+    def _set_dead(self, dead: bool) -> None:
+        variants: dict[str, LoraVariant] = self.layer.lora_variant
+        current = variants.get(self.adapter_name)
+        if dead and not isinstance(current, DeadVariant):
+            variants[self.adapter_name] = DeadVariant(revived=current)
+        elif not dead and isinstance(current, DeadVariant):
+            if current.revived is None:
+                del variants[self.adapter_name]
+            else:
+                variants[self.adapter_name] = current.revived
+
+
+def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[Site, ...]:
+    """Find every site of one adapter, in module order.
+
+    Args:
+        model: A ``PeftModel`` with a LoRA or DoRA adapter.
+        adapter_name: The adapter to steer; others in the model are left alone.
+
+    Returns:
+        The sites, at least one.
+
+    Raises:
+        SiteError: The model is not a ``PeftModel``, has no such adapter, has no LoRA layer, or has
+            one that cannot be seen as a sum of rank-1 components; the message names the site.
+    """
+    root = lora_root(model, adapter_name)
+    sites = [
+        Site(name, module, adapter_name)
+        for name, module in root.named_modules()
+        if isinstance(module, LoraLayer) and _holds(module, adapter_name)
+    ]
+    if not sites:
+        raise SiteError(
+            f"adapter {adapter_name!r} adapts no layer of {type(root).__name__}; "
+            "check target_modules of its LoraConfig"
+        )
+    _refuse_shared(sites)
+    return tuple(sites)
+
+
+def lora_root(model: nn.Module, adapter_name: str) -> nn.Module:
+    """Return the base model inside a ``PeftModel`` whose named adapter is LoRA or DoRA.
+
+    Raises:
+        SiteError: The model is not such a model.
+    """
+    if not isinstance(model, PeftModel):
+        raise SiteError(
+            f"RankFlow steers a peft.PeftModel, received {type(model).__name__}; "
+            "call peft.get_peft_model(model, peft.LoraConfig(...)) first"
+        )
+    if adapter_name not in model.peft_config:
+        raise SiteError(
+            f"the model has no adapter {adapter_name!r}; it has {sorted(model.peft_config)}: "
+            "pass one of them as adapter_name"
+        )
+    kind = model.peft_config[adapter_name].peft_type
+    if kind != PeftType.LORA:
+        raise SiteError(
+            f"adapter {adapter_name!r} is of type {getattr(kind, 'value', kind)}, and only LORA "
+            "(with or without use_dora) is made of rank-1 components; use a LoraConfig"
+        )
+    return model.get_base_model()
+
+
+def _holds(layer: LoraLayer, adapter_name: str) -> bool:
+    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
+
+
+def _kind(name: str, layer: LoraLayer, adapter_name: str) -> SiteKind:
+    variant = layer.lora_variant.get(adapter_name)
+    if variant is not None and not isinstance(variant, _SUPPORTED_VARIANTS):
+        raise SiteError(
+            f"site {name!r} uses {type(variant).__name__}, which is not a sum of rank-1 "
+            "components; use plain LoRA or use_dora=True, or take the site out of target_modules"
+        )
+    if isinstance(layer, ParamWrapper | MultiheadAttention):
+        raise SiteError(
+            f"site {name!r} is a {type(layer).__name__}, which RankFlow cannot resize; take it out "
+            "of target_modules and target_parameters"
+        )
+    if layer.lora_bias.get(adapter_name, False):
+        raise SiteError(
+            f"site {name!r} was made with lora_bias=True, a bias that belongs to no component; "
+            "set lora_bias=False"
+        )
+    if adapter_name in layer.lora_embedding_A:
+        return "embedding"
+    factor = layer.lora_A[adapter_name]
+    if isinstance(factor, nn.modules.conv._ConvNd):
+        groups = layer.get_base_layer().groups
+        if groups > 1:
+            raise SiteError(
+                f"site {name!r} is a convolution with groups={groups}, whose adapter is not a sum "
+                "of rank-1 components over all channels; take it out of target_modules"
+            )
+        return "conv"
+    if isinstance(factor, nn.Linear):
+        return "linear"
+    raise SiteError(
+        f"site {name!r} has an adapter of type {type(factor).__name__}; RankFlow knows linear "
+        "layers, convolutions and embeddings: take the site out of target_modules"
+    )
+
+
+def _refuse_shared(sites: list[Site]) -> None:
+    owner: dict[int, str] = {}
+    for site in sites:
+        for parameter in (site.A, site.B):
+            other = owner.setdefault(id(parameter), site.name)
+            if other != site.name:
+                raise SiteError(
+                    f"sites {other!r} and {site.name!r} share one adapter tensor, so neither can "
+                    "be resized alone; set ensure_weight_tying=False in the LoraConfig"
+                )
+
+
+def _set_weight(
+    module: nn.Module,
+    weight: nn.Parameter,
+    *,
+    inputs: int | None = None,
+    outputs: int | None = None,
+) -> None:
+    module.weight = weight
+    suffix = "channels" if isinstance(module, nn.modules.conv._ConvNd) else "features"
+    if inputs is not None:
+        setattr(module, f"in_{suffix}", inputs)
+    if outputs is not None:
+        setattr(module, f"out_{suffix}", outputs)

@@ -1,0 +1,71 @@
+"""Keep PEFT's own description of an adapter true to its ranks, so that stock code can save it."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from rankflow.adapters.sites import Site
+
+# These initialisations move part of the base weight into the adapter, so they would move another
+# part when the adapter is loaded at other ranks.
+_INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+def changes_base_weight(config: LoraConfig) -> bool:
+    """Whether an adapter's initialisation also changes the base weights."""
+    init = config.init_lora_weights
+    return isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE)
+
+
+def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> None:
+    """Write the sites' ranks and scales into the adapter's live ``LoraConfig``.
+
+    A dead LoRA site is left out, and a dead DoRA site is described with the one component of zeros
+    that its state dict holds (see ``rankflow.adapters.dead``).
+
+    Args:
+        model: The model whose config is updated.
+        adapter_name: The adapter.
+        sites: All of its sites.
+    """
+    config: LoraConfig = model.peft_config[adapter_name]
+    present = [site for site in sites if site.rank > 0 or site.magnitude is not None]
+    ranks = {site.name: max(site.rank, 1) for site in present}
+    alphas = {site.name: _plain(site.scale * ranks[site.name]) for site in present}
+    config.r = max(ranks.values(), default=1)
+    config.lora_alpha = max(alphas.values(), default=1)
+    config.rank_pattern = {_exactly(name): rank for name, rank in ranks.items()}
+    config.alpha_pattern = {_exactly(name): alpha for name, alpha in alphas.items()}
+    config.target_modules = _targets(ranks, model.get_base_model())
+    config.use_rslora = False
+    config.exclude_modules = None
+    config.layers_to_transform = None
+    config.layers_pattern = None
+
+
+def _targets(names: Iterable[str], base: nn.Module) -> set[str] | str:
+    """Return the names, or a regex where PEFT would take a name for the end of another one."""
+    kept = set(names)
+    if _is_suffix_of_another(kept, base):
+        return "|".join(re.escape(name) for name in sorted(kept))
+    return kept
+
+
+def _is_suffix_of_another(kept: set[str], base: nn.Module) -> bool:
+    for name, _ in base.named_modules():
+        suffix = name
+        while name not in kept and "." in suffix:
+            suffix = suffix.partition(".")[2]
+            if suffix in kept:
+                return True
+    return False
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}"
+
+
+def _plain(alpha: float) -> float | int:
+    return int(alpha) if alpha == int(alpha) else alpha

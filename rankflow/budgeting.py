@@ -1,0 +1,164 @@
+"""From a budget spec and the sites of a model to numbers: parameters, steps and start ranks."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankflow.allocation.policies import Policy, feasible_range, make_policy
+from rankflow.allocation.scheduler import Scheduler
+from rankflow.allocation.schedules import make_schedule
+from rankflow.errors import BudgetError
+from rankflow.records import ComponentTable, IntArray, SiteInfo
+from rankflow.specs.budget import BudgetSpec, match_pattern, resolve_steps
+
+# Policies that look at no score; under a constant budget their ranks never change.
+_BLIND = ("uniform", "random", "frozen")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedBudget:
+    """A budget spec in the units of one model and one run.
+
+    Attributes:
+        sites: The sites, with their bounds.
+        target: Trainable adapter parameters allowed at the end.
+        start: Trainable adapter parameters allowed at the first step.
+        start_ranks: Rank of each site at the first step, shape ``(S,)``.
+        scheduler: Decides the events.
+        is_static: Whether the start ranks are the final ones, so that no event is needed.
+    """
+
+    sites: tuple[SiteInfo, ...]
+    target: int
+    start: int
+    start_ranks: IntArray
+    scheduler: Scheduler
+    is_static: bool
+
+
+def resolve_budget(
+    spec: BudgetSpec,
+    sites: Sequence[SiteInfo],
+    *,
+    total_steps: int,
+    base_parameters: int,
+    bytes_per_parameter: int,
+) -> ResolvedBudget:
+    """Resolve a budget spec for a model.
+
+    Args:
+        spec: The budget.
+        sites: The model's sites, with the bounds that the spec gives them.
+        total_steps: Optimizer steps of the whole run.
+        base_parameters: Parameters of the base model, for a target given as a fraction.
+        bytes_per_parameter: Bytes of one adapter parameter, for a target given in bytes.
+
+    Raises:
+        BudgetError: The budget is below the minimum ranks or above what the sites can hold, a
+            pattern matches no site, or the steps leave no room to reallocate.
+    """
+    _check_patterns(spec, sites)
+    target = _target_parameters(spec, sites, base_parameters, bytes_per_parameter)
+    start = int(target * spec.start)
+    for name, limit in (("target", target), ("start", start)):
+        _check_range(name, sites, limit)
+    scheduler = _make_scheduler(spec, sites, start, target, total_steps)
+    is_static = spec.schedule == "constant" and spec.policy in _BLIND
+    policy = scheduler.policy if spec.policy in _BLIND else make_policy("uniform")
+    return ResolvedBudget(
+        sites=tuple(sites),
+        target=target,
+        start=start,
+        start_ranks=_start_ranks(policy, sites, start),
+        scheduler=scheduler,
+        is_static=is_static,
+    )
+
+
+def _target_parameters(
+    spec: BudgetSpec, sites: Sequence[SiteInfo], base_parameters: int, bytes_per_parameter: int
+) -> int:
+    key, value = spec.target
+    match key:
+        case "rank":
+            return int(value * sum(site.component_cost for site in sites))
+        case "params":
+            return int(value)
+        case "fraction":
+            return int(value * base_parameters)
+        case "bytes":
+            return int(value // bytes_per_parameter)
+
+
+def _check_range(name: str, sites: Sequence[SiteInfo], limit: int) -> None:
+    lowest, highest = feasible_range(sites)
+    lowest = max(lowest, min(site.fixed_cost or site.component_cost for site in sites))
+    if not lowest <= limit <= highest:
+        raise BudgetError(
+            f"the {name} budget of {limit:,} parameters is out of reach: the {len(sites)} sites "
+            f"need at least {lowest:,} (their minimum ranks and magnitudes) and hold at most "
+            f"{highest:,} (their maximum ranks); choose a budget in between, or other bounds"
+        )
+
+
+def _check_patterns(spec: BudgetSpec, sites: Sequence[SiteInfo]) -> None:
+    for key, patterns in (("bounds", spec.bounds), ("ranks", spec.ranks)):
+        for pattern in patterns:
+            if not any(match_pattern([pattern], site.name) for site in sites):
+                raise BudgetError(
+                    f"the pattern {pattern!r} in {key} matches none of the {len(sites)} sites; "
+                    f"the first is {sites[0].name!r}"
+                )
+
+
+def _make_scheduler(
+    spec: BudgetSpec, sites: Sequence[SiteInfo], start: int, target: int, total_steps: int
+) -> Scheduler:
+    warmup = resolve_steps(spec.warmup, total_steps)
+    cooldown = resolve_steps(spec.cooldown, total_steps)
+    schedule = make_schedule(
+        spec.schedule,
+        start=start,
+        target=target,
+        total_steps=total_steps,
+        warmup_steps=warmup,
+        cooldown_steps=cooldown,
+        stages=spec.stages,
+    )
+    pattern = _frozen_ranks(spec.ranks, sites) if spec.policy == "frozen" else None
+    return Scheduler(
+        policy=make_policy(spec.policy, seed=spec.seed, pattern=pattern),
+        budget_at=schedule,
+        total_steps=total_steps,
+        warmup_steps=warmup,
+        cooldown_steps=cooldown,
+        every=resolve_steps(spec.every, total_steps),
+        recycle=spec.recycle,
+        hysteresis=spec.hysteresis,
+        protect=spec.protect,
+    )
+
+
+def _frozen_ranks(ranks: dict[str, int], sites: Iterable[SiteInfo]) -> IntArray:
+    frozen = []
+    for site in sites:
+        pattern = match_pattern(ranks, site.name)
+        if pattern is None:
+            raise BudgetError(
+                f"the frozen ranks say nothing of site {site.name!r}; give every site a rank "
+                "(0 leaves it untouched)"
+            )
+        frozen.append(ranks[pattern])
+    return np.array(frozen, dtype=np.int64)
+
+
+def _start_ranks(policy: Policy, sites: Sequence[SiteInfo], start: int) -> IntArray:
+    empty = ComponentTable(
+        sites=tuple(sites),
+        ranks=np.zeros(len(sites), dtype=np.int64),
+        scores=np.zeros(0),
+        ages=np.zeros(0, dtype=np.int64),
+        demand=np.zeros(len(sites)),
+    )
+    return policy(empty, start)

@@ -1,0 +1,185 @@
+"""The command line: each command parses, calls one function, and prints.
+
+Only light modules are imported up here, so that ``rankflow --help`` answers at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from rankflow.errors import RankFlowError
+
+EVENTS: Final = "events.jsonl"
+LAST_EVENTS: Final = 10
+
+
+class CleanErrors(TyperGroup):
+    """Commands whose RankFlow errors end as a message and exit code 2, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except RankFlowError as error:
+            if ctx.params["debug"]:
+                raise
+            console = Console(stderr=True)
+            message = Text.assemble(("error: ", "bold red"), (str(error), "red"))
+            console.print(message, soft_wrap=not console.is_terminal)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=CleanErrors,
+    name="rankflow",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+budgets = typer.Typer(no_args_is_help=True, help="The budgets that come with RankFlow.")
+app.add_typer(budgets, name="budgets")
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="A run spec.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, as in budget.rank=2; repeatable."),
+]
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Train LoRA and DoRA adapters whose ranks follow a parameter budget."""
+
+
+@app.command()
+def train(run: RunFile, overrides: Overrides = None) -> None:
+    """Train an adapter as a run spec says, and export it."""
+    from rankflow.specs.run import load_run
+    from rankflow.training.run import train as train_run
+
+    train_run(load_run(run, overrides or ()), console=Console())
+
+
+@app.command()
+def plan(run: RunFile, overrides: Overrides = None) -> None:
+    """Show sites, costs, budgets and events of a run, without training."""
+    from rankflow.specs.run import load_run
+    from rankflow.training.plan import plan_run
+
+    plan_run(load_run(run, overrides or ()), console=Console())
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run or an adapter.")],
+    png: Annotated[Path | None, typer.Option(help="Write the heatmap to this file.")] = None,
+) -> None:
+    """Show the ranks of a run or of an adapter."""
+    from rankflow.export.inspect import CONFIG
+
+    console = Console()
+    if (path / CONFIG).is_file():
+        ranks = _show_adapter(console, path)
+    elif (path / EVENTS).is_file():
+        ranks = _show_run(console, path)
+    else:
+        raise RankFlowError(
+            f"{path} holds neither {CONFIG} nor {EVENTS}; name the folder of an adapter or a run"
+        )
+    if png is not None:
+        from rankflow.report.heatmap import rank_heatmap
+
+        rank_heatmap(ranks, title=f"Ranks of {path}").savefig(png)
+        console.print(f"\nHeatmap written to {png}", soft_wrap=True)
+
+
+@budgets.command("list")
+def list_presets() -> None:
+    """List the presets."""
+    from rankflow.specs.budget import list_budgets, load_budget
+
+    table = _new_table("preset", "score", "policy", "schedule", "what it does")
+    for name in list_budgets():
+        spec = load_budget(name)
+        schedule = f"{spec.schedule} from {spec.start:g}x"
+        table.add_row(name, spec.score, spec.policy, schedule, spec.description)
+    Console().print(table)
+
+
+@budgets.command("show")
+def show_preset(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A preset, or a TOML file.")],
+) -> None:
+    """Print a budget's file, to read or to start your own from."""
+    from rankflow.specs.budget import find_budget, load_budget
+
+    load_budget(name)
+    typer.echo(find_budget(name).read_text(encoding="utf-8"), nl=False)
+
+
+def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
+    from rankflow.export.inspect import inspect_adapter
+    from rankflow.report.terminal import rank_table
+
+    summary = inspect_adapter(folder)
+    table = _new_table("site", "rank", "alpha", "scale", "magnitude", "parameters")
+    for site in summary.sites:
+        table.add_row(
+            site.name,
+            str(site.rank),
+            f"{site.alpha:g}",
+            f"{site.scale:.3g}",
+            "yes" if site.has_magnitude else "no",
+            f"{site.parameters:,}",
+        )
+    console.print(table)
+    costs = {site.name: site.parameters for site in summary.sites}
+    console.print(Text("\n"), rank_table(summary.ranks, costs=costs, width=console.width), sep="")
+    console.print(
+        f"\n{len(summary.sites)} sites, {summary.parameters:,} parameters, "
+        f"and {summary.other_parameters:,} beside them",
+        highlight=False,
+    )
+    unequal = [site for site in summary.sites if site.rank != site.config_rank]
+    if unequal:
+        names = ", ".join(f"{s.name} ({s.rank}, not {s.config_rank})" for s in unequal)
+        console.print(Text(f"PEFT cannot load it: other ranks than its config at {names}", "red"))
+    return summary.ranks
+
+
+def _show_run(console: Console, folder: Path) -> dict[str, int]:
+    from rankflow.report.events import read_events
+    from rankflow.report.terminal import rank_table
+
+    events = read_events(folder / EVENTS)
+    if not events:
+        raise RankFlowError(f"{folder / EVENTS} holds no event yet; look again after the first one")
+    table = _new_table("event", "step", "budget", "spent", "ranks", "pruned", "born")
+    for event in events[-LAST_EVENTS:]:
+        table.add_row(
+            str(event.index),
+            f"{event.step:,}",
+            f"{event.limit:,}",
+            f"{event.spent:,}",
+            f"{min(event.ranks.values())}-{max(event.ranks.values())}",
+            f"{len(event.pruned):,}",
+            f"{len(event.born):,}",
+        )
+    console.print(table)
+    console.print(Text("\n"), rank_table(events[-1].ranks, width=console.width), sep="")
+    return events[-1].ranks
+
+
+def _new_table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table

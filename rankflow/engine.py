@@ -1,0 +1,377 @@
+"""RankFlow: watches a model train, and moves its adapter parameters to where they earn most.
+
+One event is a straight line, and no call returns upward::
+
+    scorer.read()       what is every component worth?               -> ComponentTable
+    scheduler.plan()    which stay, and where are new ones born?     -> RankPlan
+    surgery.resize()    parameters and optimizer state, all or nothing
+    scorer.reindex()    scores follow the components
+    sinks               whoever wants to know                        <- RankEvent
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
+from peft import PeftModel
+from pydantic import TypeAdapter
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rankflow import surgery
+from rankflow.adapters.dead import translate_state_dicts
+from rankflow.adapters.sites import Site, find_sites
+from rankflow.adapters.stock import changes_base_weight, sync_config
+from rankflow.allocation.demand import estimate_demand
+from rankflow.allocation.policies import plan_from_ranks
+from rankflow.budgeting import resolve_budget
+from rankflow.errors import (
+    BudgetError,
+    CheckpointError,
+    RankFlowError,
+    SiteError,
+    SpecError,
+    SurgeryError,
+)
+from rankflow.eventing import describe
+from rankflow.fairstart import FairStart
+from rankflow.importance.gradients import StepGradients
+from rankflow.importance.norms import Norm
+from rankflow.importance.registry import make_scorer
+from rankflow.records import ComponentTable, IntArray, RankEvent, RankPlan
+from rankflow.specs.budget import BudgetSpec
+
+_EVENTS = TypeAdapter(list[RankEvent])
+
+
+class RankFlow:
+    """Makes the ranks of a PEFT LoRA or DoRA model follow a budget while it trains.
+
+    Call ``observe`` between backward and the optimizer's step, and ``step`` after it::
+
+        loss.backward()
+        flow.observe()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        event = flow.step(optimizer)
+
+    At construction the sites are resized evenly to the start budget, in place, so an optimizer may
+    be made before or after, as long as it has not stepped. The model stays a stock ``PeftModel``.
+
+    Args:
+        model: A ``peft.PeftModel`` with a LoRA or DoRA adapter.
+        budget: The budget, from ``load_budget``.
+        total_steps: Optimizer steps of the whole run.
+        adapter_name: The adapter to steer; others are left alone.
+        sinks: Called with every event, in order.
+
+    Raises:
+        SiteError: The model has no site, or one that cannot be steered.
+        BudgetError: The budget does not fit the sites or the steps.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        budget: BudgetSpec,
+        total_steps: int,
+        adapter_name: str = "default",
+        *,
+        sinks: Sequence[Callable[[RankEvent], None]] = (),
+    ) -> None:
+        _check_arguments(budget, total_steps)
+        self.model = model
+        self.budget = budget
+        self.adapter_name = adapter_name
+        self.history: list[RankEvent] = []
+        self.sinks = list(sinks)
+        self._sites = find_sites(model, adapter_name)
+        _check_trainable(model, adapter_name, self._sites)
+        self.resolved = resolve_budget(
+            budget,
+            [site.describe(*budget.bounds_of(site.name)) for site in self._sites],
+            total_steps=total_steps,
+            base_parameters=base_parameters(model),
+            bytes_per_parameter=self._sites[0].A.element_size(),
+        )
+        for site in self._sites:
+            translate_state_dicts(site.layer, adapter_name)
+        self._steps = 0
+        self._observed = 0
+        self._limit = self.resolved.start
+        self._demand = np.zeros(len(self._sites))
+        self._optimizer: Optimizer | None = None
+        self._gradients = StepGradients(self._sites)
+        self._resize_in_place(self.resolved.start_ranks)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each site now, by site name."""
+        return {site.name: site.rank for site in self._sites}
+
+    @property
+    def spent(self) -> int:
+        """Trainable adapter parameters now: A, B and magnitudes of all sites."""
+        return sum(site.parameters for site in self._sites)
+
+    @property
+    def limit(self) -> int:
+        """Trainable adapter parameters that the budget allows, as of the last event."""
+        return self._limit
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return self._steps
+
+    def observe(self, *, loss_scale: Tensor | float = 1.0) -> None:
+        """Fold this step's gradients into the scores; does not wait for the device.
+
+        Call it when the gradients of the whole step are complete, accumulated, reduced and clipped:
+        after ``backward`` and clipping, before ``optimizer.step``. Clipping is undone; a step whose
+        gradients are not finite does not count.
+
+        Args:
+            loss_scale: Factor of a gradient scaler that was on the loss in ``backward`` and is off
+                the gradients now.
+
+        Raises:
+            RankFlowError: No adapter parameter has a gradient.
+        """
+        if not self.resolved.is_static:
+            accept = self._gradients.accept()
+            self._scorer.observe(self._gradients.unclip(loss_scale), accept)
+        self._observed += 1
+
+    def step(self, optimizer: Optimizer) -> RankEvent | None:
+        """Count one optimizer step, and reallocate if an event is due.
+
+        Call it after ``optimizer.step``, before or after ``zero_grad``.
+
+        Args:
+            optimizer: The optimizer that trains the adapter.
+
+        Returns:
+            What the event did, or None if none was due.
+
+        Raises:
+            SurgeryError: The optimizer does not train the adapter, or has state that cannot be
+                resized; model and optimizer are as they were.
+            RankFlowError: An event is due and ``observe`` was never called.
+        """
+        inner = _unwrap(optimizer)
+        self._check_optimizer(inner)
+        self._steps += 1
+        if self.resolved.is_static or not self.resolved.scheduler.is_due(self._steps):
+            return None
+        if self._observed == 0:
+            raise RankFlowError(
+                f"a reallocation is due after step {self._steps}, but observe() saw no gradients; "
+                "call flow.observe() after loss.backward() and before optimizer.step()"
+            )
+        return self._reallocate(inner, self._steps)
+
+    def finish(self, optimizer: Optimizer) -> RankEvent | None:
+        """Meet the target budget now, if the run ends above it (say by early stopping).
+
+        Args:
+            optimizer: The optimizer that trains the adapter.
+
+        Returns:
+            What had to be done, or None if the target is met already.
+        """
+        if self.spent <= self.resolved.target:
+            self._limit = min(self._limit, self.resolved.target)
+            return None
+        return self._reallocate(_unwrap(optimizer), self.resolved.scheduler.total_steps)
+
+    def close(self) -> None:
+        """Remove the hooks that watch gradients; the model trains on at its ranks."""
+        self._gradients.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs, as plain values and tensors."""
+        return {
+            "budget": self.budget.model_dump(),
+            "total_steps": self.resolved.scheduler.total_steps,
+            "ranks": self.ranks,
+            "steps": self._steps,
+            "observed": self._observed,
+            "limit": self._limit,
+            "ages": self._ages.tolist(),
+            "demand": self._demand.tolist(),
+            "young": [list(steps) for steps in self._fair_start.steps],
+            "scorer": {key: value.clone() for key, value in self._scorer.state().items()},
+            "history": _EVENTS.dump_python(self.history, mode="json"),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
+        """Restore ``state_dict``, resizing the sites in place to the ranks that they had.
+
+        The values of the weights and of the optimizer's state are not in here: load them
+        afterwards, as in any resumed run.
+
+        Args:
+            state: What ``state_dict`` returned, in a run of the same budget on the same sites.
+            optimizer: The optimizer that goes on, if it exists already; it must hold no state yet.
+
+        Raises:
+            CheckpointError: The state belongs to another model, budget or length of run.
+        """
+        self._check_state(state)
+        self._resize_in_place(np.array([state["ranks"][s.name] for s in self._sites]))
+        self._steps, self._observed = state["steps"], state["observed"]
+        self._limit = state["limit"]
+        self._ages = np.array(state["ages"], dtype=np.int64)
+        self._demand = np.array(state["demand"])
+        self._fair_start.steps = [list(steps) for steps in state["young"]]
+        self._scorer.load(state["scorer"])
+        self.history = _EVENTS.validate_python(state["history"])
+        if optimizer is not None:
+            self._check_optimizer(_unwrap(optimizer))
+
+    def _resize_in_place(self, ranks: IntArray) -> None:
+        """Bring untrained sites to the given ranks, and start all tracking afresh."""
+        old = sum(site.rank for site in self._sites)
+        table = self._survey(Norm(self._sites).read(), np.zeros(old, dtype=np.int64))
+        surgery.resize_in_place(self._sites, plan_from_ranks(table, ranks), self._generator(0))
+        sync_config(self.model, self.adapter_name, self._sites)
+        self._ages = np.full(ranks.sum(), self.budget.protect, dtype=np.int64)
+        self._scorer = make_scorer(
+            self.budget.score, self._sites, decay=self.budget.decay, seed=self.budget.seed
+        )
+        self._fair_start = FairStart(self._sites)
+        self._gradients.watch(self._sites)
+
+    def _reallocate(self, optimizer: Optimizer, step: int) -> RankEvent:
+        began = time.perf_counter()
+        scheduler, index = self.resolved.scheduler, len(self.history)
+        table = self._survey(self._scorer.read(), self._ages)
+        plan = scheduler.plan(table, step)
+        surgery.resize(self._sites, plan, optimizer, self._generator(index + 1))
+        self._follow(table, plan)
+        self._limit = scheduler.budget_at(step)
+        seconds = time.perf_counter() - began
+        event = describe(table, plan, index, self._steps, self._limit, seconds)
+        assert event.spent == self.spent <= self._limit, "surgery and plan disagree on the cost"
+        self.history.append(event)
+        for sink in self.sinks:
+            sink(event)
+        return event
+
+    def _survey(self, scores: Tensor, ages: IntArray) -> ComponentTable:
+        """Bring what is known to the host: the one copy of an event."""
+        ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
+        values = scores.to("cpu", torch.float64).numpy()
+        mature = ages >= self.budget.protect
+        demand = estimate_demand(ranks, values, mature, self._demand)
+        return ComponentTable(self.resolved.sites, ranks, values, ages, demand)
+
+    def _follow(self, table: ComponentTable, plan: RankPlan) -> None:
+        """Let everything that is tracked follow the components through a resize."""
+        sources = plan.sources(table.ranks)
+        newborn = sources < 0
+        self._scorer.reindex(self._sites, torch.from_numpy(sources).to(self._sites[0].A.device))
+        self._ages = np.where(newborn, 0, table.ages[sources] + 1)
+        self._demand = table.demand
+        self._fair_start.follow(plan)
+        self._gradients.watch(self._sites)
+        sync_config(self.model, self.adapter_name, self._sites)
+
+    def _generator(self, index: int) -> torch.Generator:
+        """Return the generator of one event's newborn directions, equal in every process."""
+        seed = int(np.random.SeedSequence([self.budget.seed, index]).generate_state(1)[0])
+        return torch.Generator().manual_seed(seed)
+
+    def _check_optimizer(self, optimizer: Optimizer) -> None:
+        """Find out at the first step, not at the first event, that the optimizer is another one."""
+        if optimizer is self._optimizer:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for site in self._sites:
+            if site.A.requires_grad and not {id(site.A), id(site.B)} <= held:
+                raise SurgeryError(
+                    f"the optimizer does not train the adapter of site {site.name!r}; build it "
+                    "from the model's trainable parameters, and pass flow.step() that optimizer"
+                )
+        self._optimizer = optimizer
+        self._fair_start.attach(optimizer)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        mine = {
+            "budget": self.budget.model_dump(),
+            "total_steps": self.resolved.scheduler.total_steps,
+            "sites": [site.name for site in self._sites],
+        }
+        theirs = {
+            "budget": state["budget"],
+            "total_steps": state["total_steps"],
+            "sites": list(state["ranks"]),
+        }
+        for key, value in mine.items():
+            if theirs[key] != value:
+                raise CheckpointError(
+                    f"the saved state has other {key} than this run: {theirs[key]} instead of "
+                    f"{value}; resume with the spec and the model that wrote it"
+                )
+
+
+def base_parameters(model: PeftModel) -> int:
+    """Count the parameters of the base model, without any adapter or trained head."""
+    base = model.get_base_model()
+    tuned = {id(p) for name, p in base.named_parameters() if _belongs_to_peft(name)}
+    # A 4-bit weight packs two parameters into one element.
+    return sum(
+        p.numel() * (2 if type(p).__name__ == "Params4bit" else 1)
+        for p in base.parameters()
+        if id(p) not in tuned
+    )
+
+
+def _belongs_to_peft(name: str) -> bool:
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def _check_arguments(budget: BudgetSpec, total_steps: int) -> None:
+    if not isinstance(budget, BudgetSpec):
+        raise SpecError(
+            f"budget must be a BudgetSpec, received {type(budget).__name__}; "
+            'use rankflow.load_budget("reallocate", rank=8) or another preset'
+        )
+    if not isinstance(total_steps, int) or total_steps < 1:
+        raise BudgetError(
+            f"total_steps must be a positive whole number of optimizer steps, received "
+            f"{total_steps!r}"
+        )
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RankFlowError(
+            f"this version steers one process, and the job has {dist.get_world_size()}; "
+            "run it on one device"
+        )
+
+
+def _check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> None:
+    config = model.peft_config[adapter_name]
+    if changes_base_weight(config):
+        raise SiteError(
+            f"adapter {adapter_name!r} was made with init_lora_weights="
+            f"{config.init_lora_weights!r}, which moves part of the base weight into the adapter "
+            "at its first rank; use True or 'gaussian'"
+        )
+    frozen = [site.name for site in sites if not (site.A.requires_grad and site.B.requires_grad)]
+    if frozen:
+        raise SiteError(
+            f"{len(frozen)} of {len(sites)} sites of adapter {adapter_name!r} are frozen, the "
+            f"first is {frozen[0]!r}; activate the adapter with model.set_adapter("
+            f"{adapter_name!r}) and load it with is_trainable=True"
+        )
+
+
+def _unwrap(optimizer: Optimizer) -> Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,58 @@
+"""An exponential moving average with one count for each component."""
+
+import torch
+from torch import Tensor
+
+
+def follow(state: Tensor, sources: Tensor) -> Tensor:
+    """Reorder per-component state: entry i becomes ``state[sources[i]]``, or 0 where that is -1."""
+    moved = state.index_select(0, sources.clamp_min(0))
+    return moved * (sources >= 0).to(state.dtype).view(-1, *[1] * (state.ndim - 1))
+
+
+class ComponentAverage:
+    r"""Bias-corrected exponential moving average of one number a component.
+
+    .. math:: E_t = \beta E_{t-1} + (1 - \beta) x_t, \qquad \hat E_t = E_t / (1 - \beta^{n_t})
+
+    Each component has its own count :math:`n_t`, so a newborn is judged on its own life.
+
+    Args:
+        components: Number of components.
+        decay: :math:`\beta` in [0, 1).
+        like: A tensor on the device where the state lives.
+    """
+
+    def __init__(self, components: int, decay: float, like: Tensor) -> None:
+        self.decay = decay
+        self._sum = torch.zeros(components, device=like.device)
+        self._weight = torch.zeros(components, device=like.device)
+
+    def update(self, values: Tensor, accept: Tensor) -> None:
+        """Fold in one step, unless the boolean scalar ``accept`` is false; no host sync.
+
+        Args:
+            values: The step's numbers, shape ``(C,)``.
+            accept: Whether the step counts, a boolean tensor of shape ``()``.
+        """
+        gain = (1 - self.decay) * accept
+        self._sum += gain * (torch.where(accept, values, 0) - self._sum)
+        self._weight += gain * (1 - self._weight)
+
+    def read(self) -> Tensor:
+        """Return the corrected averages, shape ``(C,)``; 0 for a component never updated."""
+        return self._sum / self._weight.clamp_min(torch.finfo(self._weight.dtype).tiny)
+
+    def reindex(self, sources: Tensor) -> None:
+        """Follow the components through an event; newborns (-1) start afresh."""
+        self._sum = follow(self._sum, sources)
+        self._weight = follow(self._weight, sources)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state by name."""
+        return {"sum": self._sum, "weight": self._weight}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore what ``state`` returned, onto the device that the state lives on now."""
+        self._sum = state["sum"].to(self._sum.device)
+        self._weight = state["weight"].to(self._weight.device)

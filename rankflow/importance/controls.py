@@ -1,0 +1,76 @@
+"""Scores that know nothing, against which the others have to prove themselves."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankflow.adapters.sites import Site
+from rankflow.importance.average import follow
+
+
+class RandomScore:
+    """A number in (0, 1] drawn once for each component, at its birth.
+
+    Args:
+        sites: The sites whose components are scored.
+        seed: Seed of the draws; equal seeds give equal scores on every device.
+    """
+
+    def __init__(self, sites: Sequence[Site], seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._home = sites[0].A.device
+        self._values = self._draw(sum(site.rank for site in sites))
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        """Do nothing: the score is fixed."""
+
+    def read(self) -> Tensor:
+        """Return the scores, shape ``(C,)``."""
+        return self._values
+
+    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+        """Keep the survivors' numbers and draw new ones for the newborns."""
+        drawn = self._draw(len(sources))
+        self._values = torch.where(sources >= 0, follow(self._values, sources), drawn)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the numbers and the generator's state."""
+        return {"values": self._values, "generator": self._generator.get_state()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore the numbers and the generator's state."""
+        self._values = state["values"].to(self._home)
+        self._generator.set_state(state["generator"].cpu())
+
+    def _draw(self, count: int) -> Tensor:
+        return (1 - torch.rand(count, generator=self._generator)).to(self._home)
+
+
+class UniformScore:
+    """One for every component.
+
+    Args:
+        sites: The sites whose components are scored.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._sites = tuple(sites)
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        """Do nothing: the score is fixed."""
+
+    def read(self) -> Tensor:
+        """Return the scores, shape ``(C,)``."""
+        components = sum(site.rank for site in self._sites)
+        return torch.ones(components, device=self._sites[0].A.device)
+
+    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+        """Do nothing: there is no state."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Do nothing."""

@@ -1,0 +1,100 @@
+r"""Scores from the size of a component, :math:`\lVert s\, b_i a_i^\top \rVert_F`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankflow.adapters.sites import Site
+from rankflow.importance.average import ComponentAverage
+
+
+class Norm:
+    r"""The size of a component now, :math:`s \lVert a_i \rVert \lVert b_i \rVert`, over all sites.
+
+    Args:
+        sites: The sites whose components are scored.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._sites = tuple(sites)
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        """Do nothing: the score is read off the weights."""
+
+    def read(self) -> Tensor:
+        """Return the scores, shape ``(C,)``."""
+        home = self._sites[0].A.device
+        return torch.cat([_sizes(site).to(home) for site in self._sites])
+
+    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+        """Do nothing: there is no state."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Do nothing."""
+
+
+class Frobenius:
+    r"""Dynamic-Rank DoRA's share of a component in its own site (arXiv 2405.17357).
+
+    .. math:: S_i = \frac{\lVert b_i a_i^\top \rVert_F}{\lVert B A \rVert_F + \epsilon},
+        \qquad \lVert B A \rVert_F^2 = \sum_{ij} (A A^\top \circ B^\top B)_{ij},
+
+    averaged over steps. It compares components within a site, not worth across sites.
+
+    Args:
+        sites: The sites whose components are scored.
+        decay: Decay of the average, in [0, 1); 0.9 in the paper.
+    """
+
+    def __init__(self, sites: Sequence[Site], decay: float) -> None:
+        self._sites = tuple(sites)
+        components = sum(site.rank for site in sites)
+        self._share = ComponentAverage(components, decay, like=sites[0].A)
+        self._factors = _factors(sites)
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        """Fold in the shares of the weights now, if ``accept``."""
+        home = self._sites[0].A.device
+        shares = [_share(A, B).to(home, non_blocking=True) for A, B in self._factors]
+        if shares:
+            self._share.update(torch.cat(shares), accept)
+
+    def read(self) -> Tensor:
+        """Return the scores, shape ``(C,)``."""
+        return self._share.read()
+
+    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+        """Follow the components through a resize."""
+        self._factors = _factors(sites)
+        self._share.reindex(sources)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the average."""
+        return self._share.state()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore the average."""
+        self._share.load(state)
+
+
+def _factors(sites: Sequence[Site]) -> list[tuple[Tensor, Tensor]]:
+    """Return A as ``(rank, in)`` and B as ``(out, rank)`` of every site that is not dead."""
+    return [(s.A.detach().flatten(1), s.B.detach().flatten(1)) for s in sites if s.rank > 0]
+
+
+def _share(A: Tensor, B: Tensor) -> Tensor:
+    A, B = A.float(), B.float()
+    products = (A @ A.T) * (B.T @ B)  # (rank, rank)
+    sizes = products.diagonal().clamp_min(0).sqrt()
+    return sizes / (products.sum().clamp_min(0).sqrt() + 1e-8)
+
+
+def _sizes(site: Site) -> Tensor:
+    A = site.A.detach().flatten(1).float()
+    B = site.B.detach().flatten(1).float()
+    return site.scale * A.norm(dim=1) * B.norm(dim=0)

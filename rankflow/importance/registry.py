@@ -1,0 +1,41 @@
+"""The scorers by name."""
+
+from collections.abc import Sequence
+from typing import Literal, assert_never
+
+from rankflow.adapters.sites import Site
+from rankflow.importance.controls import RandomScore, UniformScore
+from rankflow.importance.gate import Fisher, Taylor
+from rankflow.importance.norms import Frobenius, Norm
+from rankflow.importance.scorer import Scorer
+from rankflow.importance.sensitivity import Sensitivity
+
+ScoreName = Literal["frobenius", "norm", "sensitivity", "taylor", "fisher", "random", "uniform"]
+
+
+def make_scorer(name: ScoreName, sites: Sequence[Site], *, decay: float, seed: int) -> Scorer:
+    """Make the scorer of that name.
+
+    Args:
+        name: A score's name in a budget spec.
+        sites: The sites whose components are scored.
+        decay: Decay of the moving average, in [0, 1), where the score has one.
+        seed: Seed of the random control.
+    """
+    match name:
+        case "frobenius":
+            return Frobenius(sites, decay)
+        case "norm":
+            return Norm(sites)
+        case "sensitivity":
+            return Sensitivity(sites, decay)
+        case "taylor":
+            return Taylor(sites, decay)
+        case "fisher":
+            return Fisher(sites, decay)
+        case "random":
+            return RandomScore(sites, seed)
+        case "uniform":
+            return UniformScore(sites)
+        case _:
+            assert_never(name)

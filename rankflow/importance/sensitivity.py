@@ -1,0 +1,105 @@
+r"""AdaLoRA's smoothed sensitivity times uncertainty (arXiv 2303.10512, equations 8-11).
+
+.. math::
+    I = |w \, \partial L / \partial w|, \quad
+    \bar I \leftarrow \beta \bar I + (1 - \beta) I, \quad
+    \bar U \leftarrow \beta \bar U + (1 - \beta) |I - \bar I|, \quad
+    s = \bar I \, \bar U
+
+for every entry w of A and B; a component's score is the mean of s over its row of A plus the mean
+over its column of B. (AdaLoRA adds the term of its singular value, which PEFT's LoRA has not.)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankflow.adapters.sites import Site
+from rankflow.importance.average import follow
+from rankflow.importance.rows import Rows
+
+
+class _FactorSensitivity:
+    """The two averages of every entry of one factor, stacked like its rows."""
+
+    def __init__(self, rows: Rows, decay: float) -> None:
+        self.rows = rows
+        self.decay = decay
+        self.sensitivity = [torch.zeros_like(w) for w in rows.weights()]
+        self.uncertainty = [torch.zeros_like(w) for w in rows.weights()]
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        weights, gradients = self.rows.weights(), self.rows.gradients()
+        averages = zip(self.sensitivity, self.uncertainty, strict=True)
+        for w, g, (mean, spread) in zip(weights, gradients, averages, strict=True):
+            gain = ((1 - self.decay) * accept).to(w.device)
+            entry = torch.where(accept.to(w.device), w.mul_(g).abs_().mul_(unclip.to(w.device)), 0)
+            mean.add_(gain * (entry - mean))
+            spread.add_(gain * ((entry - mean).abs() - spread))
+
+    def read(self) -> Tensor:
+        pairs = zip(self.sensitivity, self.uncertainty, strict=True)
+        return self.rows.per_component([(mean * spread).mean(dim=1) for mean, spread in pairs])
+
+    def reindex(self, rows: Rows, sources: Tensor) -> None:
+        self.sensitivity = _move(self.sensitivity, self.rows, rows, sources)
+        self.uncertainty = _move(self.uncertainty, self.rows, rows, sources)
+        self.rows = rows
+
+
+class Sensitivity:
+    """AdaLoRA's score of every component.
+
+    Args:
+        sites: The sites whose components are scored.
+        decay: Decay of both averages, in [0, 1); 0.85 in the paper.
+    """
+
+    def __init__(self, sites: Sequence[Site], decay: float) -> None:
+        self._A = _FactorSensitivity(Rows.of_A(sites), decay)
+        self._B = _FactorSensitivity(Rows.of_B(sites), decay)
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        """Fold in one step's gradients, if ``accept``."""
+        self._A.observe(unclip, accept)
+        self._B.observe(unclip, accept)
+
+    def read(self) -> Tensor:
+        """Return the scores, shape ``(C,)``."""
+        return self._A.read() + self._B.read()
+
+    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+        """Follow the components through a resize."""
+        self._A.reindex(Rows.of_A(sites), sources)
+        self._B.reindex(Rows.of_B(sites), sources)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return both averages of both factors, by factor and width."""
+        return dict(self._tensors())
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore the averages."""
+        for key, tensor in self._tensors():
+            tensor.copy_(state[key])
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [
+            (f"{factor}.{name}.{i}", tensor)
+            for factor, averages in (("A", self._A), ("B", self._B))
+            for name in ("sensitivity", "uncertainty")
+            for i, tensor in enumerate(getattr(averages, name))
+        ]
+
+
+def _move(state: list[Tensor], old: Rows, new: Rows, sources: Tensor) -> list[Tensor]:
+    """Carry stacked per-entry state to the components' new places."""
+    moved = []
+    first_old, first_new = 0, 0
+    for part, width, rank in zip(old.split(state), new.widths, new.ranks, strict=True):
+        indices = sources[first_new : first_new + rank].to(part.device)
+        local = torch.where(indices >= 0, indices - first_old, -1)
+        moved.append(follow(part, local) if len(part) else part.new_zeros((rank, width)))
+        first_old += len(part)
+        first_new += rank
+    return new.join(moved)

@@ -1,0 +1,236 @@
+"""Heatmaps of ranks and of importance, as matplotlib figures.
+
+The figures are drawn without pyplot: they leave no global state behind, need no display, and may
+be made in a training process. A site that does not exist leaves its place empty; a site with
+nothing left (rank 0, no importance) is grey; everything else has a colour of the scale.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from rankflow.report.geometry import (
+    LEGEND_POINTS,
+    TITLE_POINTS,
+    PageGeometry,
+    measure_page,
+    row_positions,
+)
+from rankflow.report.layout import Cell, GridLayout, lay_out
+from rankflow.report.palette import BROKEN, DARK_INK, NOTHING, RAMP, RGB, hex_of, ink_on, shade
+from rankflow.report.statistics import per_parameter
+
+MOST_NUMBERS = 1200
+DECADES = 4
+
+_COLOURS = LinearSegmentedColormap.from_list("rankflow", [hex_of(colour) for colour in RAMP])
+CELL_GAP = 0.03  # between two cells, in inches
+
+
+@dataclass(frozen=True, slots=True)
+class ColourScale:
+    """How a value becomes a colour.
+
+    Attributes:
+        norm: From a positive value to a point of the ramp.
+        label: What the values are, with their unit.
+        nothing: Legend of the values that are zero or below.
+        whole: Whether the values are whole numbers, to be written into the cells.
+    """
+
+    norm: Normalize
+    label: str
+    nothing: str
+    whole: bool
+
+    def colour_of(self, value: float) -> RGB:
+        """Return the colour of one cell."""
+        if not math.isfinite(value):
+            return BROKEN
+        return shade(float(self.norm(value))) if value > 0 else NOTHING
+
+
+def rank_heatmap(
+    ranks: Mapping[str, int], *, title: str = "Rank", maximum: int | None = None
+) -> Figure:
+    """Draw the rank of each site.
+
+    Args:
+        ranks: Rank of each site, by site name; at least one site.
+        title: Written above the grid.
+        maximum: Rank at the top of the colour scale; give the same one to figures that are to be
+            compared. None takes the largest rank.
+
+    Returns:
+        A figure with an Agg canvas; ``figure.savefig(path)`` writes it.
+    """
+    top = max(maximum or 0, *ranks.values(), 2)
+    scale = ColourScale(Normalize(1, top), "rank", "rank 0", whole=True)
+    return _draw(ranks, scale, title)
+
+
+def importance_heatmap(
+    importance: Mapping[str, float],
+    *,
+    title: str = "Importance",
+    costs: Mapping[str, int] | None = None,
+) -> Figure:
+    """Draw the importance of each site on a logarithmic scale of at most four decades.
+
+    Args:
+        importance: Sum of the scores of each site's components, by site name; at least one site.
+        title: Written above the grid.
+        costs: Trainable parameters of each site, by site name; if given, the figure shows the
+            importance per parameter.
+
+    Returns:
+        A figure with an Agg canvas; ``figure.savefig(path)`` writes it.
+    """
+    values = importance if costs is None else per_parameter(importance, costs)
+    label = "importance" if costs is None else "importance per parameter"
+    return _draw(values, ColourScale(_log_norm(values), label, "none (≤ 0)", whole=False), title)
+
+
+def render_pixels(figure: Figure, *, dots_per_inch: int = 110) -> npt.NDArray[np.uint8]:
+    """Return the figure as pixels.
+
+    Args:
+        figure: What ``rank_heatmap`` or ``importance_heatmap`` returned.
+        dots_per_inch: Resolution; the larger, the larger the array.
+
+    Returns:
+        Red, green and blue, shape ``(height, width, 3)``.
+    """
+    figure.set_dpi(dots_per_inch)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
+
+
+def _log_norm(values: Mapping[str, float]) -> LogNorm:
+    positive = [value for value in values.values() if value > 0 and math.isfinite(value)]
+    top = max(positive, default=1.0)
+    bottom = max(min(positive, default=top), top / 10**DECADES)
+    return LogNorm(min(bottom, top / 10), top, clip=True)
+
+
+def _draw(values: Mapping[str, float], scale: ColourScale, title: str) -> Figure:
+    layout = lay_out(values)
+    page = measure_page(layout, title)
+    figure = Figure(figsize=(page.width, page.height), facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(page.left, page.title, title, fontsize=TITLE_POINTS, fontweight="bold", va="top")
+    axes = figure.add_axes(page.grid)
+    _draw_cells(axes, values, layout, scale, page)
+    _label_axes(axes, layout, page)
+    _draw_scale(figure, scale, page)
+    _draw_legend(figure, values, layout, scale, page)
+    return figure
+
+
+def _draw_cells(
+    axes: Axes,
+    values: Mapping[str, float],
+    layout: GridLayout,
+    scale: ColourScale,
+    page: PageGeometry,
+) -> None:
+    tops = row_positions(layout)
+    colours = [scale.colour_of(value) for value in values.values()]
+    patches = [_rectangle(layout.cells[site], tops, page) for site in values]
+    axes.add_collection(PatchCollection(patches, facecolors=[hex_of(c) for c in colours]))
+    axes.set(xlim=(0, len(layout.columns)), ylim=(tops[-1] + 1, 0))
+    if scale.whole and len(values) <= MOST_NUMBERS:
+        for patch, value, colour in zip(patches, values.values(), colours, strict=True):
+            _write_number(axes, patch, value, colour, page)
+
+
+def _rectangle(cell: Cell, tops: list[float], page: PageGeometry) -> Rectangle:
+    across, down = CELL_GAP / page.cell_width, CELL_GAP / page.cell_height
+    corner = (cell.column + across / 2, tops[cell.row] + down / 2)
+    return Rectangle(corner, cell.span - across, 1 - down)
+
+
+def _write_number(
+    axes: Axes, patch: Rectangle, value: float, colour: RGB, page: PageGeometry
+) -> None:
+    x, y = patch.get_center()
+    axes.text(
+        x,
+        y,
+        f"{value:.0f}",
+        fontsize=min(page.row_points, page.number_points),
+        color=hex_of(ink_on(colour)),
+        ha="center",
+        va="center_baseline",
+    )
+
+
+def _label_axes(axes: Axes, layout: GridLayout, page: PageGeometry) -> None:
+    centres = [top + 0.5 for top in row_positions(layout)]
+    axes.set_yticks(centres, layout.rows, fontsize=page.row_points)
+    axes.set_xticks(
+        [column + 0.5 for column in range(len(layout.columns))],
+        page.columns,
+        fontsize=page.column_points,
+        rotation=90 if page.upright else 0,
+    )
+    axes.tick_params(length=0, pad=3, labelcolor=hex_of(DARK_INK))
+    axes.xaxis.tick_top()
+    axes.spines[:].set_visible(False)
+
+
+def _draw_scale(figure: Figure, scale: ColourScale, page: PageGeometry) -> None:
+    axes = figure.add_axes(page.scale)
+    bar = figure.colorbar(ScalarMappable(scale.norm, _COLOURS), cax=axes)
+    bar.set_label(scale.label, fontsize=LEGEND_POINTS)
+    if scale.whole:
+        bar.set_ticks(_whole_ticks(scale.norm))
+    bar.ax.tick_params(labelsize=LEGEND_POINTS - 1, length=2)
+    bar.minorticks_off()
+    bar.outline.set_visible(False)
+
+
+def _whole_ticks(norm: Normalize) -> list[int]:
+    """Return every whole number of a short scale, or six of a long one; always both ends."""
+    bottom, top = round(norm.vmin or 0), round(norm.vmax or 0)
+    count = top - bottom + 1
+    return sorted({round(tick) for tick in np.linspace(bottom, top, count if count <= 8 else 6)})
+
+
+def _draw_legend(
+    figure: Figure,
+    values: Mapping[str, float],
+    layout: GridLayout,
+    scale: ColourScale,
+    page: PageGeometry,
+) -> None:
+    entries = []
+    if any(value <= 0 for value in values.values()):
+        entries.append(Patch(facecolor=hex_of(NOTHING), label=scale.nothing))
+    if any(not math.isfinite(value) for value in values.values()):
+        entries.append(Patch(facecolor=hex_of(BROKEN), label="not finite"))
+    if sum(cell.span for cell in layout.cells.values()) < len(layout.rows) * len(layout.columns):
+        entries.append(Patch(facecolor="white", edgecolor=hex_of(NOTHING), label="no adapter"))
+    figure.legend(
+        handles=entries,
+        loc="lower left",
+        bbox_to_anchor=(page.left, page.legend),
+        ncols=3,
+        frameon=False,
+        fontsize=LEGEND_POINTS,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=1.2,
+        handleheight=1.0,
+    )

@@ -1,0 +1,69 @@
+"""Events in TensorBoard: curves over the optimizer steps, and two heatmaps for every event.
+
+TensorBoard keeps a sample of the images under one tag, 10 by default, and would so lose most
+events of a long run. Hence every event has image tags of its own: ``rankflow/ranks/event_0003``
+and ``rankflow/importance/event_0003``.
+"""
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from rankflow.records import RankEvent
+from rankflow.report.heatmap import importance_heatmap, rank_heatmap, render_pixels
+from rankflow.report.statistics import churn, mean_score, rank_entropy
+
+
+class TensorBoardSink:
+    """A sink that writes each event for TensorBoard, readable once the call returns."""
+
+    def __init__(self, target: str | Path | SummaryWriter, *, maximum: int | None = None) -> None:
+        """Choose where to write.
+
+        Args:
+            target: A log directory, or a writer that the caller owns. A resumed run gives
+                ``SummaryWriter(directory, purge_step=step)``, so that the events that it repeats
+                do not appear twice.
+            maximum: Rank at the top of every image's colour scale; None takes each event's
+                largest rank.
+        """
+        self._owns_writer = not isinstance(target, SummaryWriter)
+        self._writer = target if isinstance(target, SummaryWriter) else SummaryWriter(target)
+        self._maximum = maximum
+
+    def __call__(self, event: RankEvent) -> None:
+        """Write the event's numbers and images at its step."""
+        for tag, value in event_scalars(event).items():
+            self._writer.add_scalar(tag, value, event.step)
+        when = f"event {event.index}, step {event.step:,}"
+        ranks = rank_heatmap(event.ranks, title=f"Rank, {when}", maximum=self._maximum)
+        importance = importance_heatmap(event.importance, title=f"Importance, {when}")
+        for name, figure in (("ranks", ranks), ("importance", importance)):
+            tag = f"rankflow/{name}/event_{event.index:04d}"
+            self._writer.add_image(tag, render_pixels(figure), event.step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the writer if the sink made it; a writer that was given stays open."""
+        if self._owns_writer:
+            self._writer.close()
+
+
+def event_scalars(event: RankEvent) -> dict[str, float]:
+    """Return the numbers that TensorBoard shows of an event, by tag.
+
+    >>> ranks = {"q": 3, "v": 1}
+    >>> event = RankEvent(0, 120, 4096, 4096, 2048, ranks, ranks, {"q": 1.0, "v": 1.0}, (), (), 0.1)
+    >>> scalars = event_scalars(event)
+    >>> scalars["rankflow/spent"], scalars["rankflow/mean_score"], scalars["rankflow/churn"]
+    (2048, 0.5, 0.0)
+    """
+    components = sum(event.ranks_before.values())
+    return {
+        "rankflow/budget": event.limit,
+        "rankflow/spent": event.spent,
+        "rankflow/total_rank": sum(event.ranks.values()),
+        "rankflow/rank_entropy": rank_entropy(event.ranks.values()),
+        "rankflow/churn": churn(components, len(event.pruned), len(event.born)),
+        "rankflow/mean_score": mean_score(event.importance, event.ranks_before),
+    }

@@ -1,0 +1,40 @@
+"""Put the stock PEFT adapter of a run on its base model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+from rankflow.errors import SpecError
+from rankflow.specs.run import ModelSpec
+from rankflow.training.models import BaseModel
+
+
+def add_adapter(base: BaseModel, spec: ModelSpec, adapter: Mapping[str, Any]) -> PeftModel:
+    """Wrap the base model; what trains is the adapter and the modules that are new.
+
+    Args:
+        base: The loaded base model, changed in place.
+        spec: The run's ``[model]``.
+        adapter: The run's ``[adapter]``, passed to ``peft.LoraConfig``.
+
+    Raises:
+        SpecError: PEFT refuses the adapter, e.g. because no module has a target's name.
+    """
+    kept = {*(adapter.get("modules_to_save") or ()), *base.new_modules}
+    settings = {**adapter, "modules_to_save": sorted(kept) or None}
+    try:
+        config = LoraConfig(task_type=_task_type(spec), **settings)
+        return get_peft_model(base.model, config)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"[adapter]: {error}") from error
+
+
+def _task_type(spec: ModelSpec) -> TaskType:
+    if spec.task == "causal-lm":
+        return TaskType.CAUSAL_LM
+    if spec.task == "seq2seq-lm":
+        return TaskType.SEQ_2_SEQ_LM
+    if spec.task == "sequence-classification" and spec.pooling == "model":
+        return TaskType.SEQ_CLS
+    return TaskType.TOKEN_CLS

@@ -1,0 +1,161 @@
+"""The rows of a run, checked before the first step.
+
+Whatever the source, the rows come out under the same column names, so that nothing after this file
+knows where they came from:
+
+=======================  ===================================================
+task                     columns
+=======================  ===================================================
+sequence-classification  ``text``, ``text_pair`` if asked for, and ``label``
+token-classification     ``text`` (words) and ``label`` (one for each word)
+causal-lm                ``text``
+seq2seq-lm               ``text`` and ``target``
+=======================  ===================================================
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, DatasetDict, List, Value
+
+from rankflow.errors import RankFlowError, SpecError
+from rankflow.specs.reading import suggest
+from rankflow.specs.run import DataSpec, Task
+from rankflow.training.labels import encode_labels
+from rankflow.training.sources import Split, load_sources
+
+# Fixed, and not the training seed: runs that differ in their seed must share their rows.
+_ROW_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TaskData:
+    """The checked rows of a run.
+
+    Attributes:
+        splits: ``train`` and, where they exist, ``validation`` and ``test``.
+        labels: Class names by index; empty for language models.
+    """
+
+    splits: DatasetDict
+    labels: tuple[str, ...]
+
+    @property
+    def judged_split(self) -> str | None:
+        """The split that the finished model is judged on; None where no rows are held out."""
+        return next((name for name in ("test", "validation") if name in self.splits), None)
+
+
+def load_data(spec: DataSpec, task: Task) -> TaskData:
+    """Read, check and split the rows.
+
+    Args:
+        spec: Where the rows are, and what their columns are called.
+        task: What the model learns; it decides the columns.
+
+    Raises:
+        SpecError: A file, a data set or a column does not exist.
+        RankFlowError: The rows are not fit for the task.
+    """
+    columns = columns_of(spec, task)
+    splits = {name: _pick_columns(split, columns) for name, split in load_sources(spec).items()}
+    for name, split in splits.items():
+        _check_rows(split, columns, words=task == "token-classification")
+        if name == "train" and len(split.rows) < 2:
+            raise RankFlowError(f"{split.origin}: one row only; training needs at least two")
+    labels: tuple[str, ...] = ()
+    if "label" in columns:
+        splits, labels = encode_labels(splits, columns["label"])
+    rows = _with_validation({name: split.rows for name, split in splits.items()}, spec)
+    limits = {"train": spec.max_train_rows}
+    return TaskData(
+        DatasetDict(
+            {
+                name: _draw(rows[name], limits.get(name, spec.max_eval_rows))
+                for name in ("train", "validation", "test")
+                if name in rows
+            }
+        ),
+        labels,
+    )
+
+
+def columns_of(spec: DataSpec, task: Task) -> dict[str, str]:
+    """Return the source's name of each column that the task reads."""
+    if task == "causal-lm":
+        return {"text": spec.text}
+    if task == "seq2seq-lm":
+        assert spec.target is not None  # the run spec sees to it
+        return {"text": spec.text, "target": spec.target}
+    columns = {"text": spec.text, "label": spec.label}
+    if spec.text_pair is not None and task == "sequence-classification":
+        columns["text_pair"] = spec.text_pair
+    return columns
+
+
+def _pick_columns(split: Split, columns: Mapping[str, str]) -> Split:
+    present = split.rows.column_names
+    for role, column in columns.items():
+        if column not in present:
+            raise SpecError(
+                f"[data] {role} = '{column}': {split.origin} has no such column; "
+                f"{suggest(column, present)}"
+            )
+    picked = split.rows.select_columns(list(columns.values()))
+    return Split(picked.rename_columns({c: role for role, c in columns.items()}), split.origin)
+
+
+def _check_rows(split: Split, columns: Mapping[str, str], *, words: bool) -> None:
+    if len(split.rows) == 0:
+        raise RankFlowError(f"{split.origin}: no rows; leave the split out or fill it")
+    for role in set(columns) - {"label"}:
+        _check_strings(split, role, columns[role], words=words)
+    if words:
+        _check_lengths(split, columns)
+
+
+def _check_strings(split: Split, role: str, column: str, *, words: bool) -> None:
+    feature = split.rows.features[role]
+    inner = feature.feature if words and isinstance(feature, List) else feature
+    fits = isinstance(feature, List) == words and isinstance(inner, Value)
+    if not fits or inner.dtype not in ("string", "large_string", "null"):
+        expected = "a list of words in each row" if words else "strings"
+        raise RankFlowError(
+            f"{split.origin}: column '{column}' holds {feature}; [data] {role} needs {expected}"
+        )
+    for row, value in enumerate(split.rows[role], start=1):
+        if value is None or (words and None in value):
+            raise RankFlowError(
+                f"{split.origin}: row {row} has no text in column '{column}'; remove such rows"
+            )
+
+
+def _check_lengths(split: Split, columns: Mapping[str, str]) -> None:
+    pairs = zip(split.rows["text"], split.rows["label"], strict=True)
+    for row, (words, labels) in enumerate(pairs, start=1):
+        received = len(labels) if isinstance(labels, list) else "no list of"
+        if received != len(words):
+            raise RankFlowError(
+                f"{split.origin}: row {row} has {len(words)} words in column '{columns['text']}' "
+                f"and {received} labels in column '{columns['label']}'; each word needs one label"
+            )
+
+
+def _with_validation(rows: dict[str, Dataset], spec: DataSpec) -> dict[str, Dataset]:
+    if "validation" in rows or spec.validation_fraction == 0:
+        return rows
+    train = rows["train"]
+    count = min(max(1, round(len(train) * spec.validation_fraction)), len(train) - 1)
+    order = np.random.default_rng(_ROW_SEED).permutation(len(train))
+    return rows | {
+        "validation": train.select(np.sort(order[:count])),
+        "train": train.select(np.sort(order[count:])),
+    }
+
+
+def _draw(rows: Dataset, limit: int | None) -> Dataset:
+    if limit is None or limit >= len(rows):
+        return rows
+    order = np.random.default_rng(_ROW_SEED).permutation(len(rows))
+    return rows.select(np.sort(order[:limit]))

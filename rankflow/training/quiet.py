@@ -1,0 +1,26 @@
+"""Keep libraries from writing over RankFlow's own progress bar."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide the progress bars of datasets and transformers, and notes below the level of errors."""
+    level = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    had_data_bars = not datasets.are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+        if had_data_bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,114 @@
+"""Where rows come from: the built-in data set, files, or a hub id."""
+
+import codecs
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
+
+from rankflow.errors import RankFlowError, SpecError
+from rankflow.specs.run import BUILT_IN_DATA, DataSpec
+from rankflow.training.docstrings import load_docstrings
+
+SPLITS = ("train", "validation", "test")
+_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_BLOCK = 1 << 20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Rows, and where they came from in the words of an error message."""
+
+    rows: Dataset
+    origin: str
+
+
+def load_sources(spec: DataSpec) -> dict[str, Split]:
+    """Read the splits that the source has, columns untouched.
+
+    Args:
+        spec: A name, or files.
+
+    Returns:
+        ``train`` and, where they exist, ``validation`` and ``test``.
+
+    Raises:
+        SpecError: There is no such data set, or it has no split to train on.
+        RankFlowError: A file is empty, not UTF-8, or not what its ending says.
+    """
+    if spec.name is None:
+        return _load_files(spec)
+    loaded = load_docstrings() if spec.name == BUILT_IN_DATA else _load_hub(spec.name, spec.config)
+    if "train" not in loaded:
+        raise SpecError(
+            f"[data] name: the data set '{spec.name}' has no split 'train', only "
+            f"{', '.join(map(repr, loaded))}; export the rows to a file and name it under [data] "
+            "train"
+        )
+    return {
+        name: Split(loaded[name], f"the data set '{spec.name}', split '{name}'")
+        for name in SPLITS
+        if name in loaded
+    }
+
+
+def _load_files(spec: DataSpec) -> dict[str, Split]:
+    files = {"train": spec.train, "validation": spec.validation, "test": spec.test}
+    return {
+        name: Split(_join([_load_file(path) for path in paths], paths), _list(paths))
+        for name, paths in files.items()
+        if paths is not None
+    }
+
+
+def _load_file(path: Path) -> Dataset:
+    reader = _READERS[path.suffix]
+    try:
+        if path.stat().st_size == 0:
+            raise RankFlowError(f"{path}: the file is empty; write at least two rows into it")
+        if reader != "parquet":
+            _check_utf8(path)
+        return load_dataset(reader, data_files={"train": str(path)}, split="train")
+    except (DatasetsError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        raise RankFlowError(f"{path}: cannot be read as {path.suffix[1:]}: {cause}") from error
+
+
+def _join(parts: list[Dataset], paths: tuple[Path, ...]) -> Dataset:
+    try:
+        return concatenate_datasets(parts)
+    except ValueError as error:
+        raise RankFlowError(
+            f"{_list(paths)}: the files differ in the types of their columns: {error}"
+        ) from error
+
+
+def _list(paths: tuple[Path, ...]) -> str:
+    return ", ".join(map(str, paths))
+
+
+def _load_hub(name: str, config: str | None) -> DatasetDict:
+    try:
+        return load_dataset(name, config)
+    except (DatasetsError, ValueError, OSError) as error:
+        raise SpecError(
+            f"[data] name: cannot load '{name}': {error}; the built-in data set is "
+            f"'{BUILT_IN_DATA}', a hub id needs a connection or a filled cache, and files go under "
+            "[data] train, validation and test"
+        ) from error
+
+
+def _check_utf8(path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            try:
+                line += decoder.decode(block).count("\n")
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                raise RankFlowError(
+                    f"{path}: line {line} is not UTF-8 ({error.reason}); convert the file, e.g. "
+                    f"with `iconv -f latin1 -t utf-8`"
+                ) from error

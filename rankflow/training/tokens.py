@@ -1,0 +1,132 @@
+"""Turn the rows of a run into token ids, and the ids into padded batches."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+)
+
+from rankflow.errors import RankFlowError
+from rankflow.specs.run import Task
+
+IGNORED = -100
+Columns = Mapping[str, list[Any]]
+Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+
+
+def tokenize(
+    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int
+) -> DatasetDict:
+    """Replace texts by token ids of at most ``max_length`` tokens; longer texts are cut.
+
+    For ``causal-lm`` nothing is lost: a long text becomes several rows.
+
+    Args:
+        splits: Rows with the columns that `rankflow.training.data` describes.
+        tokenizer: The model's tokenizer.
+        task: What the model learns.
+        max_length: Longest row (tokens).
+
+    Returns:
+        Splits with ``input_ids``, ``attention_mask`` and ``labels``.
+
+    Raises:
+        RankFlowError: A split has no row left, or the tokenizer cannot align words.
+    """
+    if task == "token-classification" and not tokenizer.is_fast:
+        raise RankFlowError(
+            f"{type(tokenizer).__name__} cannot tell which word a token belongs to, which "
+            "task = 'token-classification' needs; choose a model with a fast tokenizer"
+        )
+    encode = partial(_ENCODERS[task], tokenizer=tokenizer, max_length=max_length)
+    tokenized = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
+    for name, rows in tokenized.items():
+        if len(rows) == 0:
+            raise RankFlowError(
+                f"split '{name}': no text has the two tokens that a prediction needs"
+            )
+    return tokenized
+
+
+def make_collator(tokenizer: PreTrainedTokenizerBase, task: Task) -> Collator:
+    """Return the function that pads rows to the longest of their batch."""
+    collator: Collator
+    if task == "sequence-classification":
+        collator = DataCollatorWithPadding(tokenizer)
+    elif task == "token-classification":
+        collator = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
+    else:
+        collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    return collator
+
+
+def align_labels(word_ids: list[int | None], labels: list[int]) -> list[int]:
+    """Give each word's label to its first token; other tokens are ignored by the loss.
+
+    >>> align_labels([None, 0, 0, 1, None], [7, 9])
+    [-100, 7, -100, 9, -100]
+    """
+    previous = [None, *word_ids[:-1]]
+    return [
+        IGNORED if word is None or word == before else labels[word]
+        for word, before in zip(word_ids, previous, strict=True)
+    ]
+
+
+def chunk(ids: list[int], length: int) -> list[list[int]]:
+    """Cut a row into pieces of at most ``length`` tokens; a last piece of one token is dropped.
+
+    >>> chunk([1, 2, 3, 4, 5], 2)
+    [[1, 2], [3, 4]]
+    """
+    pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def _encode_text(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Columns:
+    encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
+    return {**encoded, "labels": rows["label"]}
+
+
+def _encode_words(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Columns:
+    encoded = tokenizer(
+        rows["text"], is_split_into_words=True, truncation=True, max_length=max_length
+    )
+    labels = [
+        align_labels(encoded.word_ids(row), labels) for row, labels in enumerate(rows["label"])
+    ]
+    return {**encoded, "labels": labels}
+
+
+def _encode_causal(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Columns:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces = [
+        piece
+        for ids in tokenizer(rows["text"], truncation=False, verbose=False)["input_ids"]
+        for piece in chunk(ids if ids[-1:] == end else ids + end, max_length)
+    ]
+    return {
+        "input_ids": pieces,
+        "attention_mask": [[1] * len(piece) for piece in pieces],
+        "labels": pieces,
+    }
+
+
+def _encode_pair(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Columns:
+    encoded = tokenizer(rows["text"], truncation=True, max_length=max_length)
+    targets = tokenizer(text_target=rows["target"], truncation=True, max_length=max_length)
+    return {**encoded, "labels": targets["input_ids"]}
+
+
+_ENCODERS: Mapping[Task, Callable[..., Columns]] = {
+    "sequence-classification": _encode_text,
+    "token-classification": _encode_words,
+    "causal-lm": _encode_causal,
+    "seq2seq-lm": _encode_pair,
+}

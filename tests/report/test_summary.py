@@ -1,0 +1,7 @@
+from rankflow.report.summary import describe_event
+
+
+def test_an_event_is_described_in_one_line(event):
+    assert describe_event(event) == (
+        "step 120  budget 165,888 -> spent 165,120  ranks 0-6 (mean 2.7)  pruned 3, born 1"
+    )
