@@ -20,9 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from rankflow.report.geometry import (
-    LEGEND_POINTS,
+    LABEL_POINTS,
     TITLE_POINTS,
+    CellGeometry,
     PageGeometry,
+    measure_cells,
     measure_page,
     row_positions,
 )
@@ -32,9 +34,9 @@ from rankflow.report.statistics import per_parameter
 
 MOST_NUMBERS = 1200
 DECADES = 4
+CELL_GAP = 0.03  # between two cells, in inches
 
 _COLOURS = LinearSegmentedColormap.from_list("rankflow", [hex_of(colour) for colour in RAMP])
-CELL_GAP = 0.03  # between two cells, in inches
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,64 +128,64 @@ def _log_norm(values: Mapping[str, float]) -> LogNorm:
 
 def _draw(values: Mapping[str, float], scale: ColourScale, title: str) -> Figure:
     layout = lay_out(values)
-    page = measure_page(layout, title)
+    cells = measure_cells(layout)
+    page = measure_page(layout, cells, title)
+    colours = {site: scale.colour_of(value) for site, value in values.items()}
+
     figure = Figure(figsize=(page.width, page.height), facecolor="white")
     FigureCanvasAgg(figure)
     figure.text(page.left, page.title, title, fontsize=TITLE_POINTS, fontweight="bold", va="top")
     axes = figure.add_axes(page.grid)
-    _draw_cells(axes, values, layout, scale, page)
-    _label_axes(axes, layout, page)
+    _label_axes(axes, layout, cells)
+    patches = _draw_cells(axes, colours, layout, cells)
+    if scale.whole and len(values) <= MOST_NUMBERS:
+        for site, value in values.items():
+            _write_number(axes, patches[site], value, colours[site], cells)
     _draw_scale(figure, scale, page)
-    _draw_legend(figure, values, layout, scale, page)
+    _draw_legend(figure, _legend_entries(colours, layout, scale), page)
     return figure
 
 
 def _draw_cells(
-    axes: Axes,
-    values: Mapping[str, float],
-    layout: GridLayout,
-    scale: ColourScale,
-    page: PageGeometry,
-) -> None:
+    axes: Axes, colours: Mapping[str, RGB], layout: GridLayout, cells: CellGeometry
+) -> dict[str, Rectangle]:
     tops = row_positions(layout)
-    colours = [scale.colour_of(value) for value in values.values()]
-    patches = [_rectangle(layout.cells[site], tops, page) for site in values]
-    axes.add_collection(PatchCollection(patches, facecolors=[hex_of(c) for c in colours]))
+    patches = {site: _rectangle(layout.cells[site], tops, cells) for site in colours}
+    faces = [hex_of(colour) for colour in colours.values()]
+    axes.add_collection(PatchCollection(list(patches.values()), facecolors=faces))
     axes.set(xlim=(0, len(layout.columns)), ylim=(tops[-1] + 1, 0))
-    if scale.whole and len(values) <= MOST_NUMBERS:
-        for patch, value, colour in zip(patches, values.values(), colours, strict=True):
-            _write_number(axes, patch, value, colour, page)
+    return patches
 
 
-def _rectangle(cell: Cell, tops: list[float], page: PageGeometry) -> Rectangle:
-    across, down = CELL_GAP / page.cell_width, CELL_GAP / page.cell_height
+def _rectangle(cell: Cell, tops: list[float], cells: CellGeometry) -> Rectangle:
+    across, down = CELL_GAP / cells.width, CELL_GAP / cells.height
     corner = (cell.column + across / 2, tops[cell.row] + down / 2)
     return Rectangle(corner, cell.span - across, 1 - down)
 
 
 def _write_number(
-    axes: Axes, patch: Rectangle, value: float, colour: RGB, page: PageGeometry
+    axes: Axes, patch: Rectangle, value: float, colour: RGB, cells: CellGeometry
 ) -> None:
     x, y = patch.get_center()
     axes.text(
         x,
         y,
         f"{value:.0f}",
-        fontsize=min(page.row_points, page.number_points),
+        fontsize=cells.number_points,
         color=hex_of(ink_on(colour)),
         ha="center",
         va="center_baseline",
     )
 
 
-def _label_axes(axes: Axes, layout: GridLayout, page: PageGeometry) -> None:
+def _label_axes(axes: Axes, layout: GridLayout, cells: CellGeometry) -> None:
     centres = [top + 0.5 for top in row_positions(layout)]
-    axes.set_yticks(centres, layout.rows, fontsize=page.row_points)
+    axes.set_yticks(centres, layout.rows, fontsize=cells.row_points)
     axes.set_xticks(
         [column + 0.5 for column in range(len(layout.columns))],
-        page.columns,
-        fontsize=page.column_points,
-        rotation=90 if page.upright else 0,
+        cells.columns,
+        fontsize=cells.column_points,
+        rotation=90 if cells.upright else 0,
     )
     axes.tick_params(length=0, pad=3, labelcolor=hex_of(DARK_INK))
     axes.xaxis.tick_top()
@@ -193,10 +195,10 @@ def _label_axes(axes: Axes, layout: GridLayout, page: PageGeometry) -> None:
 def _draw_scale(figure: Figure, scale: ColourScale, page: PageGeometry) -> None:
     axes = figure.add_axes(page.scale)
     bar = figure.colorbar(ScalarMappable(scale.norm, _COLOURS), cax=axes)
-    bar.set_label(scale.label, fontsize=LEGEND_POINTS)
+    bar.set_label(scale.label, fontsize=LABEL_POINTS)
     if scale.whole:
         bar.set_ticks(_whole_ticks(scale.norm))
-    bar.ax.tick_params(labelsize=LEGEND_POINTS - 1, length=2)
+    bar.ax.tick_params(labelsize=LABEL_POINTS - 1, length=2)
     bar.minorticks_off()
     bar.outline.set_visible(False)
 
@@ -208,27 +210,29 @@ def _whole_ticks(norm: Normalize) -> list[int]:
     return sorted({round(tick) for tick in np.linspace(bottom, top, count if count <= 8 else 6)})
 
 
-def _draw_legend(
-    figure: Figure,
-    values: Mapping[str, float],
-    layout: GridLayout,
-    scale: ColourScale,
-    page: PageGeometry,
-) -> None:
+def _legend_entries(
+    colours: Mapping[str, RGB], layout: GridLayout, scale: ColourScale
+) -> list[Patch]:
+    shown = set(colours.values())
+    covered = sum(cell.span for cell in layout.cells.values())
     entries = []
-    if any(value <= 0 for value in values.values()):
+    if NOTHING in shown:
         entries.append(Patch(facecolor=hex_of(NOTHING), label=scale.nothing))
-    if any(not math.isfinite(value) for value in values.values()):
+    if BROKEN in shown:
         entries.append(Patch(facecolor=hex_of(BROKEN), label="not finite"))
-    if sum(cell.span for cell in layout.cells.values()) < len(layout.rows) * len(layout.columns):
+    if covered < len(layout.rows) * len(layout.columns):
         entries.append(Patch(facecolor="white", edgecolor=hex_of(NOTHING), label="no adapter"))
+    return entries
+
+
+def _draw_legend(figure: Figure, entries: list[Patch], page: PageGeometry) -> None:
     figure.legend(
         handles=entries,
         loc="lower left",
         bbox_to_anchor=(page.left, page.legend),
         ncols=3,
         frameon=False,
-        fontsize=LEGEND_POINTS,
+        fontsize=LABEL_POINTS,
         borderpad=0,
         borderaxespad=0,
         handlelength=1.2,

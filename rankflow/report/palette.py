@@ -53,7 +53,7 @@ def ink_on(background: RGB) -> RGB:
     """
     red, green, blue = background
     luma = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
-    return DARK_INK if luma > 140 else LIGHT_INK
+    return DARK_INK if luma > 112 else LIGHT_INK
 
 
 def rank_shade(rank: int, maximum: int) -> RGB:

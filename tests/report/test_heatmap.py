@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from itertools import pairwise
 
 import matplotlib.pyplot
@@ -92,7 +90,7 @@ def test_importance_per_parameter_can_turn_the_order_round():
     assert relative.axes[1].get_ylabel() == "importance per parameter"
 
 
-@pytest.mark.parametrize("worst", [float("nan"), float("inf")])
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), float("-inf")])
 def test_importance_that_is_no_number_stands_out(worst):
     figure = importance_heatmap({"h.0.a": worst, "h.0.b": -1.0, "h.0.c": 1.0})
     assert colour_at(figure, 0, 0) == BROKEN
@@ -145,10 +143,3 @@ def test_the_resolution_scales_the_pixels():
     assert render_pixels(figure, dots_per_inch=100).shape[:2] == pytest.approx(
         (2 * height, 2 * width), abs=2
     )
-
-
-def test_reports_but_for_tensorboard_need_no_torch():
-    modules = ["events", "heatmap", "layout", "statistics", "summary", "terminal"]
-    imports = "; ".join(f"import rankflow.report.{module}" for module in modules)
-    command = f"import sys; {imports}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 
 from rankflow.report.palette import BROKEN, NOTHING, RAMP, ink_on, rank_shade, shade
@@ -12,7 +14,7 @@ def luminance(colour):
 
 def test_more_is_always_darker():
     ramp = [luminance(shade(fraction)) for fraction in np.linspace(0, 1, 50)]
-    assert all(above > below for above, below in zip(ramp, ramp[1:], strict=False))
+    assert all(above > below for above, below in pairwise(ramp))
 
 
 def test_text_contrasts_with_every_colour():
