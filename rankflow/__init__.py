@@ -1,4 +1,34 @@
 """RankFlow: LoRA and DoRA adapters whose ranks follow a parameter budget while they train."""
 
-from rankflow.engine import RankFlow as RankFlow
-from rankflow.specs.budget import load_budget as load_budget
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rankflow.engine import RankFlow as RankFlow
+    from rankflow.export.card import AdapterFacts as AdapterFacts
+    from rankflow.export.peft import export_adapter as export_adapter
+    from rankflow.integrations.huggingface import RankFlowCallback as RankFlowCallback
+    from rankflow.integrations.huggingface import RankFlowTrainer as RankFlowTrainer
+    from rankflow.specs.budget import load_budget as load_budget
+
+# Names load when first asked for: neither the command line's help nor a TensorBoard plugin should
+# wait for torch.
+_HOMES = {
+    "AdapterFacts": "rankflow.export.card",
+    "RankFlow": "rankflow.engine",
+    "RankFlowCallback": "rankflow.integrations.huggingface",
+    "RankFlowTrainer": "rankflow.integrations.huggingface",
+    "export_adapter": "rankflow.export.peft",
+    "load_budget": "rankflow.specs.budget",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rankflow' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

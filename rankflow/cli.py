@@ -62,18 +62,22 @@ def main(
 def train(run: RunFile, overrides: Overrides = None) -> None:
     """Train an adapter as a run spec says, and export it."""
     from rankflow.specs.run import load_run
+
+    spec = load_run(run, overrides or ())  # its faults show before the slow import below
     from rankflow.training.run import train as train_run
 
-    train_run(load_run(run, overrides or ()), console=Console())
+    train_run(spec, console=Console())
 
 
 @app.command()
 def plan(run: RunFile, overrides: Overrides = None) -> None:
     """Show sites, costs, budgets and events of a run, without training."""
     from rankflow.specs.run import load_run
+
+    spec = load_run(run, overrides or ())
     from rankflow.training.plan import plan_run
 
-    plan_run(load_run(run, overrides or ()), console=Console())
+    plan_run(spec, console=Console())
 
 
 @app.command()
@@ -105,11 +109,10 @@ def list_presets() -> None:
     """List the presets."""
     from rankflow.specs.budget import list_budgets, load_budget
 
-    table = _new_table("preset", "score", "policy", "schedule", "what it does")
+    table = Table("preset", "score", "policy", "what it does", box=None, pad_edge=False)
     for name in list_budgets():
         spec = load_budget(name)
-        schedule = f"{spec.schedule} from {spec.start:g}x"
-        table.add_row(name, spec.score, spec.policy, schedule, spec.description)
+        table.add_row(name, spec.score, spec.policy, spec.description)
     Console().print(table)
 
 
@@ -129,12 +132,11 @@ def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
     from rankflow.report.terminal import rank_table
 
     summary = inspect_adapter(folder)
-    table = _new_table("site", "rank", "alpha", "scale", "magnitude", "parameters")
+    table = _new_table("site", "rank", "scale", "DoRA", "parameters")
     for site in summary.sites:
         table.add_row(
             site.name,
             str(site.rank),
-            f"{site.alpha:g}",
             f"{site.scale:.3g}",
             "yes" if site.has_magnitude else "no",
             f"{site.parameters:,}",
@@ -178,7 +180,7 @@ def _show_run(console: Console, folder: Path) -> dict[str, int]:
 
 
 def _new_table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False)
     table.add_column(first, overflow="fold")
     for heading in others:
         table.add_column(heading, justify="right", no_wrap=True)

@@ -10,7 +10,7 @@ One event is a straight line, and no call returns upward::
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ from rankflow.errors import (
     SurgeryError,
 )
 from rankflow.eventing import describe
+from rankflow.export.card import AdapterFacts
 from rankflow.fairstart import FairStart
 from rankflow.importance.gradients import StepGradients
 from rankflow.importance.norms import Norm
@@ -68,10 +69,13 @@ class RankFlow:
         total_steps: Optimizer steps of the whole run.
         adapter_name: The adapter to steer; others are left alone.
         sinks: Called with every event, in order.
+        resume: What ``state_dict`` returned in the run that goes on; the sites are then brought to
+            the ranks that they had, and nothing happens to those that have them already.
 
     Raises:
         SiteError: The model has no site, or one that cannot be steered.
         BudgetError: The budget does not fit the sites or the steps.
+        CheckpointError: ``resume`` belongs to another model, budget or length of run.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class RankFlow:
         adapter_name: str = "default",
         *,
         sinks: Sequence[Callable[[RankEvent], None]] = (),
+        resume: dict[str, Any] | None = None,
     ) -> None:
         _check_arguments(budget, total_steps)
         self.model = model
@@ -106,7 +111,10 @@ class RankFlow:
         self._demand = np.zeros(len(self._sites))
         self._optimizer: Optimizer | None = None
         self._gradients = StepGradients(self._sites)
-        self._resize_in_place(self.resolved.start_ranks)
+        if resume is None:
+            self._resize_in_place(self.resolved.start_ranks)
+        else:
+            self.load_state_dict(resume)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -122,6 +130,11 @@ class RankFlow:
     def limit(self) -> int:
         """Trainable adapter parameters that the budget allows, as of the last event."""
         return self._limit
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.resolved.scheduler.total_steps
 
     @property
     def steps(self) -> int:
@@ -163,8 +176,7 @@ class RankFlow:
                 resized; model and optimizer are as they were.
             RankFlowError: An event is due and ``observe`` was never called.
         """
-        inner = _unwrap(optimizer)
-        self._check_optimizer(inner)
+        self.attach(optimizer)
         self._steps += 1
         if self.resolved.is_static or not self.resolved.scheduler.is_due(self._steps):
             return None
@@ -173,13 +185,34 @@ class RankFlow:
                 f"a reallocation is due after step {self._steps}, but observe() saw no gradients; "
                 "call flow.observe() after loss.backward() and before optimizer.step()"
             )
-        return self._reallocate(inner, self._steps)
+        return self._reallocate(self._steps)
 
-    def finish(self, optimizer: Optimizer) -> RankEvent | None:
-        """Meet the target budget now, if the run ends above it (say by early stopping).
+    def attach(self, optimizer: Optimizer) -> None:
+        """Name the optimizer before its first step; ``step`` does so otherwise.
+
+        It matters in a resumed run only, where young components may need their fair start at once.
 
         Args:
             optimizer: The optimizer that trains the adapter.
+
+        Raises:
+            SurgeryError: The optimizer does not train the adapter.
+        """
+        inner = _unwrap(optimizer)
+        if inner is self._optimizer:
+            return
+        held = {id(p) for group in inner.param_groups for p in group["params"]}
+        for site in self._sites:
+            if not {id(site.A), id(site.B)} <= held:
+                raise SurgeryError(
+                    f"the optimizer does not train the adapter of site {site.name!r}; build it "
+                    "from the model's trainable parameters, and pass flow.step() that optimizer"
+                )
+        self._optimizer = inner
+        self._fair_start.attach(inner)
+
+    def finish(self) -> RankEvent | None:
+        """Meet the target budget now, if the run ends above it (say by early stopping).
 
         Returns:
             What had to be done, or None if the target is met already.
@@ -187,7 +220,21 @@ class RankFlow:
         if self.spent <= self.resolved.target:
             self._limit = min(self._limit, self.resolved.target)
             return None
-        return self._reallocate(_unwrap(optimizer), self.resolved.scheduler.total_steps)
+        return self._reallocate(self.total_steps)
+
+    def facts(self, metrics: Mapping[str, float] | None = None) -> AdapterFacts:
+        """Return what an exported adapter should say of this run.
+
+        Args:
+            metrics: What was measured, by name.
+        """
+        return AdapterFacts(
+            spent=self.spent,
+            target=self.resolved.target,
+            steps=self._steps,
+            budget=self.budget.model_dump(),
+            metrics=dict(metrics or {}),
+        )
 
     def close(self) -> None:
         """Remove the hooks that watch gradients; the model trains on at its ranks."""
@@ -197,7 +244,7 @@ class RankFlow:
         """Return everything that a resumed run needs, as plain values and tensors."""
         return {
             "budget": self.budget.model_dump(),
-            "total_steps": self.resolved.scheduler.total_steps,
+            "total_steps": self.total_steps,
             "ranks": self.ranks,
             "steps": self._steps,
             "observed": self._observed,
@@ -209,7 +256,7 @@ class RankFlow:
             "history": _EVENTS.dump_python(self.history, mode="json"),
         }
 
-    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict``, resizing the sites in place to the ranks that they had.
 
         The values of the weights and of the optimizer's state are not in here: load them
@@ -217,7 +264,6 @@ class RankFlow:
 
         Args:
             state: What ``state_dict`` returned, in a run of the same budget on the same sites.
-            optimizer: The optimizer that goes on, if it exists already; it must hold no state yet.
 
         Raises:
             CheckpointError: The state belongs to another model, budget or length of run.
@@ -231,8 +277,6 @@ class RankFlow:
         self._fair_start.steps = [list(steps) for steps in state["young"]]
         self._scorer.load(state["scorer"])
         self.history = _EVENTS.validate_python(state["history"])
-        if optimizer is not None:
-            self._check_optimizer(_unwrap(optimizer))
 
     def _resize_in_place(self, ranks: IntArray) -> None:
         """Bring untrained sites to the given ranks, and start all tracking afresh."""
@@ -246,13 +290,14 @@ class RankFlow:
         )
         self._fair_start = FairStart(self._sites)
         self._gradients.watch(self._sites)
+        self._optimizer = None
 
-    def _reallocate(self, optimizer: Optimizer, step: int) -> RankEvent:
+    def _reallocate(self, step: int) -> RankEvent:
         began = time.perf_counter()
         scheduler, index = self.resolved.scheduler, len(self.history)
         table = self._survey(self._scorer.read(), self._ages)
         plan = scheduler.plan(table, step)
-        surgery.resize(self._sites, plan, optimizer, self._generator(index + 1))
+        surgery.resize(self._sites, plan, self._optimizer, self._generator(index + 1))
         self._follow(table, plan)
         self._limit = scheduler.budget_at(step)
         seconds = time.perf_counter() - began
@@ -287,24 +332,10 @@ class RankFlow:
         seed = int(np.random.SeedSequence([self.budget.seed, index]).generate_state(1)[0])
         return torch.Generator().manual_seed(seed)
 
-    def _check_optimizer(self, optimizer: Optimizer) -> None:
-        """Find out at the first step, not at the first event, that the optimizer is another one."""
-        if optimizer is self._optimizer:
-            return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for site in self._sites:
-            if site.A.requires_grad and not {id(site.A), id(site.B)} <= held:
-                raise SurgeryError(
-                    f"the optimizer does not train the adapter of site {site.name!r}; build it "
-                    "from the model's trainable parameters, and pass flow.step() that optimizer"
-                )
-        self._optimizer = optimizer
-        self._fair_start.attach(optimizer)
-
     def _check_state(self, state: dict[str, Any]) -> None:
         mine = {
             "budget": self.budget.model_dump(),
-            "total_steps": self.resolved.scheduler.total_steps,
+            "total_steps": self.total_steps,
             "sites": [site.name for site in self._sites],
         }
         theirs = {

@@ -40,6 +40,7 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     config.alpha_pattern = {_exactly(name): alpha for name, alpha in alphas.items()}
     config.target_modules = _targets(ranks, model.get_base_model())
     config.use_rslora = False
+    config.init_lora_weights = True  # some others demand an even rank when the adapter is loaded
     config.exclude_modules = None
     config.layers_to_transform = None
     config.layers_pattern = None

@@ -35,5 +35,6 @@ def estimate_demand(
     site_index = np.repeat(np.arange(len(ranks)), ranks)
     weakest = np.full(len(ranks), np.inf)
     np.minimum.at(weakest, site_index[mature], scores[mature])
-    unseen = np.where(ranks == 0, remembered, 0.0)
-    return np.where(np.isfinite(weakest), weakest, unseen)
+    young = np.bincount(site_index[~mature], minlength=len(ranks)) > 0
+    promise = np.where(ranks == 0, remembered, weakest)
+    return np.where(young, 0.0, promise)

@@ -255,7 +255,7 @@ def random_policy(seed: int) -> Policy:
     def random_ranks(table: ComponentTable, limit: int) -> IntArray:
         check_feasible(table.sites, limit)
         rates = np.random.default_rng(seed).exponential(size=len(table.sites))
-        rates /= 1024 * rates.sum()  # so slow that no two components are born at one level
+        rates /= 1024 * rates.sum()  # so slow that two births hardly ever share a level
 
         def grown_ranks(level: int) -> IntArray:
             grown = np.clip(level * rates, table.min_ranks, table.max_ranks)

@@ -107,7 +107,7 @@ def _choose_candidates(table: ComponentTable, allowance: int) -> IntArray:
     The sites that promise most for a parameter come first; a site at most doubles its rank.
     """
     costs = table.component_costs
-    most = np.minimum(np.maximum(table.ranks, 1), table.max_ranks - table.ranks)
+    most = np.minimum(1 + table.ranks // 4, table.max_ranks - table.ranks)
     counts = np.zeros_like(most)
     for site in np.argsort(-table.demand / costs, kind="stable"):
         if table.demand[site] > 0:

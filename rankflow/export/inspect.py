@@ -118,13 +118,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise RankFlowError(f"{path} has peft_type {kind!r}; only LORA (LoRA, DoRA) can be read")
+    for key in ("r", "lora_alpha"):
+        if key not in config:
+            raise RankFlowError(f"{path} lacks the key {key!r}; was it saved by PEFT?")
     return dict(config)
 
 
 def _read_shapes(path: Path) -> Shapes:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            keys = file.keys()
+            return {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except OSError as error:
         raise RankFlowError(f"{path} cannot be read: {error}") from error
     except SafetensorError as error:

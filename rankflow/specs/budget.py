@@ -89,7 +89,7 @@ class BudgetSpec(Spec):
         policy: Rule that turns scores and a budget into ranks.
         recycle: Largest share of the budget that one event may move from pruned to newborn
             components; it decays to 0 at the cool-down.
-        hysteresis: Relative margin by which a component must beat the one it displaces.
+        hysteresis: Relative margin by which a newborn must promise more than what it displaces earns.
         protect: Events through which a newborn cannot be pruned.
         min_rank: Smallest rank of every site.
         max_rank: Largest rank of every site; None for the smaller side of its matrix.
@@ -116,7 +116,7 @@ class BudgetSpec(Spec):
 
     policy: Policy = "knapsack"
     recycle: Annotated[float, Field(ge=0, le=1)] = 0.2
-    hysteresis: Annotated[float, Field(ge=0)] = 0.1
+    hysteresis: Annotated[float, Field(ge=0)] = 1.0
     protect: NonNegativeInt = 2
     min_rank: NonNegativeInt = 0
     max_rank: NonNegativeInt | None = None

@@ -27,7 +27,7 @@ ABSENT: Final = object()
 """Stands for the value of a key that was not given."""
 
 _CONTRADICTION: Final = "contradiction"
-_LONGEST_VALUE: Final = 60  # characters, so that key and value stay on one line of a terminal
+_LONGEST_VALUE: Final = 200  # characters; a path stays whole, a long list does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def check(model: type[SpecT], values: Mapping[str, Any]) -> tuple[SpecT | None, 
     try:
         return model.model_validate(values), []
     except ValidationError as error:
-        faults = _faults(model, error)
+        faults = _key_faults(model, error) + _contradictions(error)
     faulty = {key.split(".")[0] for fault in faults for key in fault.received}
     rest = {key: value for key, value in values.items() if key not in faulty}
     try:
@@ -92,16 +92,11 @@ def check(model: type[SpecT], values: Mapping[str, Any]) -> tuple[SpecT | None, 
 
 
 def check_keys(model: type[Spec], values: Mapping[str, Any]) -> list[Fault]:
-    """Validate the keys of a part of a table: what is missing or contradicts is no fault."""
+    """Validate each key of an incomplete table, without the rules between keys."""
     try:
         model.model_validate(values)
     except ValidationError as error:
-        contradictions = _contradictions(error)
-        return [
-            fault
-            for fault in _faults(model, error)
-            if fault not in contradictions and ABSENT not in fault.received.values()
-        ]
+        return _key_faults(model, error)
     return []
 
 
@@ -173,9 +168,8 @@ def raise_faults(source: str, faults: list[Fault]) -> None:
         raise SpecError("\n".join([f"{source}: {count}", *map(str, faults)]))
 
 
-def _faults(model: type[Spec], error: ValidationError) -> list[Fault]:
-    keys = [_key_fault(model, d) for d in error.errors() if d["type"] != _CONTRADICTION]
-    return keys + _contradictions(error)
+def _key_faults(model: type[Spec], error: ValidationError) -> list[Fault]:
+    return [_key_fault(model, d) for d in error.errors() if d["type"] != _CONTRADICTION]
 
 
 def _contradictions(error: ValidationError) -> list[Fault]:

@@ -5,6 +5,7 @@
 and every fault of the file reported, before a model or a data set is touched.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -212,8 +213,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
         SpecError: Anything is wrong with it; all faults are listed.
     """
     path = Path(path)
-    content = {"name": path.stem} | read_toml(path)
-    content, faults = apply_overrides(content, overrides, _ALTERNATIVES)
+    written = {"name": path.stem} | read_toml(path)
+    content, faults = apply_overrides(written, overrides, _ALTERNATIVES)
     document, document_faults = check(_Document, content)
     tables = {key: table for key, table in content.items() if isinstance(table, dict)}
     tables = {"adapter": {}, "train": {}} | tables
@@ -228,14 +229,15 @@ def _resolve_paths(tables: Mapping[str, Table], folder: Path) -> dict[str, Table
     def beside(value: Any) -> Any:
         if isinstance(value, list):
             return [beside(item) for item in value]
-        return str(folder / Path(value).expanduser()) if isinstance(value, str) else value
+        return str(folder / os.path.expanduser(value)) if isinstance(value, str) else value
 
     resolved = {key: dict(table) for key, table in tables.items()}
     for key, value in tables.get("data", {}).items():
         if key in _FILE_KEYS:
             resolved["data"][key] = beside(value)
     model = tables.get("model", {}).get("name")
-    if isinstance(model, str) and model != BUILT_IN_MODEL and Path(beside(model)).is_dir():
+    is_local = isinstance(model, str) and model not in ("", BUILT_IN_MODEL)
+    if is_local and Path(beside(model)).is_dir():
         resolved["model"]["name"] = beside(model)
     preset = tables.get("budget", {}).get("preset")
     if isinstance(preset, str) and is_path(preset):

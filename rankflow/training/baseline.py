@@ -116,10 +116,10 @@ def _minimise(
         optimizer.zero_grad()
         logits = functional.linear(values, weight, bias)
         loss = functional.cross_entropy(logits, labels) + penalty / 2 * weight.square().sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
 
 
 def compute_features(

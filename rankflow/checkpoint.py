@@ -1,0 +1,59 @@
+"""The engine's part of a checkpoint: one safetensors file beside the adapter and the optimizer."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from rankflow.errors import CheckpointError
+
+STATE_FILE = "rankflow_state.safetensors"
+
+
+def save_state(state: dict[str, Any], folder: str | Path) -> Path:
+    """Write ``RankFlow.state_dict()`` into a checkpoint's folder, whole or not at all.
+
+    Args:
+        state: The engine's state.
+        folder: The checkpoint's folder.
+
+    Returns:
+        The file written.
+    """
+    path = Path(folder) / STATE_FILE
+    temporary = path.with_name(f".{path.name}.part")
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in state["scorer"].items()}
+    values = {key: value for key, value in state.items() if key != "scorer"}
+    save_file(tensors, temporary, metadata={"state": json.dumps(values)})
+    os.replace(temporary, path)
+    return path
+
+
+def load_state(folder: str | Path) -> dict[str, Any]:
+    """Read what ``save_state`` wrote.
+
+    Args:
+        folder: A checkpoint's folder.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    path = Path(folder) / STATE_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {STATE_FILE}, so no run can go on from it; resume from a "
+            "checkpoint that RankFlow's trainer or callback wrote"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, Any] = json.loads(file.metadata()["state"])
+            # The handle has keys() and no iterator.
+            state["scorer"] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); resume from an older checkpoint"
+        ) from error
+    return state

@@ -1,0 +1,103 @@
+"""The model card of an exported adapter: where its parameters went, and how to load it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rankflow.report.layout import lay_out
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What a run knows of its adapter beyond the weights.
+
+    Attributes:
+        spent: Trainable adapter parameters.
+        target: Trainable adapter parameters that the budget allowed.
+        steps: Optimizer steps taken.
+        budget: The budget spec, as plain values.
+        metrics: What was measured, by name.
+    """
+
+    spent: int
+    target: int
+    steps: int
+    budget: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def write_card(
+    ranks: Mapping[str, int], *, base_model: str, is_dora: bool, facts: AdapterFacts | None
+) -> str:
+    """Write the card as Markdown with the front matter that model hubs read.
+
+    Args:
+        ranks: Rank of each site, by site name.
+        base_model: Name or path of the base model; may be empty.
+        is_dora: Whether the adapter has magnitudes.
+        facts: What the run knows; None if the adapter was exported without one.
+    """
+    method = "DoRA" if is_dora else "LoRA"
+    sections = [
+        _front_matter(base_model, method),
+        f"# {method} adapter with ranks chosen under a budget",
+        f"Trained with RankFlow. It is a stock PEFT adapter: loading it needs `peft` alone.\n\n"
+        f"{_loading(base_model)}",
+    ]
+    if facts is not None:
+        sections += [_budget(facts), *_metrics(facts.metrics)]
+    sections.append(f"## Ranks\n\n{rank_markdown(ranks)}")
+    return "\n\n".join(sections) + "\n"
+
+
+def rank_markdown(ranks: Mapping[str, int]) -> str:
+    """Lay the ranks out as a Markdown table, layers by module types.
+
+    >>> print(rank_markdown({"h.0.q": 2, "h.0.v": 0, "h.1.q": 3, "h.1.v": 1}))
+    | layer | q | v |
+    | --- | --- | --- |
+    | 0 | 2 | 0 |
+    | 1 | 3 | 1 |
+    """
+    layout = lay_out(ranks)
+    grid = [["" for _ in layout.columns] for _ in layout.rows]
+    for site, cell in layout.cells.items():
+        grid[cell.row][cell.column] = str(ranks[site])
+    rows = [
+        ["layer", *layout.columns],
+        ["---"] * (len(layout.columns) + 1),
+        *([label, *row] for label, row in zip(layout.rows, grid, strict=True)),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _front_matter(base_model: str, method: str) -> str:
+    base = f"base_model: {base_model}\n" if base_model else ""
+    return f"---\n{base}library_name: peft\ntags:\n- rankflow\n- {method.lower()}\n---"
+
+
+def _loading(base_model: str) -> str:
+    return (
+        "```python\n"
+        "from peft import PeftModel\n\n"
+        f"# base: the model that was adapted{f', {base_model}' if base_model else ''}\n"
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
+        "```"
+    )
+
+
+def _budget(facts: AdapterFacts) -> str:
+    spec = facts.budget
+    return (
+        "## Budget\n\n"
+        f"{facts.spent:,} trainable adapter parameters of {facts.target:,} allowed, after "
+        f"{facts.steps:,} steps. Score `{spec['score']}`, policy `{spec['policy']}`, schedule "
+        f"`{spec['schedule']}` from {spec['start']:g}x."
+    )
+
+
+def _metrics(metrics: Mapping[str, float]) -> list[str]:
+    if not metrics:
+        return []
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
+    return [f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}"]
