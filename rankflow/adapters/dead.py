@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rankflow.adapters.base_weight import over_rows, row_norms
 
 
-class DeadVariant(LoraVariant):  # type: ignore[misc]  # peft is untyped
+class DeadVariant(LoraVariant):
     """The forward and the merging of a site without components.
 
     Args:
@@ -43,9 +43,9 @@ class DeadVariant(LoraVariant):  # type: ignore[misc]  # peft is untyped
         base = module.get_base_layer()
         bias = getattr(base, "bias", None)
         if isinstance(base, nn.modules.conv._ConvNd):
-            spatial = (-1,) + (1,) * len(base.kernel_size)
-            scale = scale.view(spatial)
-            bias = None if bias is None else bias.view(spatial)
+            per_channel = (-1, *[1] * len(base.kernel_size))
+            scale = scale.view(per_channel)
+            bias = None if bias is None else bias.view(per_channel)
         scale = scale.to(result.dtype)
         return result * scale if bias is None else (result - bias) * scale + bias
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 Sink = Callable[[RankEvent], None]
 
 
-class RankFlowCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+class RankFlowCallback(TrainerCallback):
     """Steers the ranks of the model that a Trainer trains.
 
     Works with any Trainer that trains a ``PeftModel`` with a LoRA or DoRA adapter, TRL's too.
@@ -152,7 +152,7 @@ class RankFlowCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         return self.flow
 
 
-class RankFlowTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+class RankFlowTrainer(Trainer):
     """A Trainer under a budget that can also resume and load the best model across resizes.
 
     Args:

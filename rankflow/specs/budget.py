@@ -89,7 +89,7 @@ class BudgetSpec(Spec):
         policy: Rule that turns scores and a budget into ranks.
         recycle: Largest share of the budget that one event may move from pruned to newborn
             components; it decays to 0 at the cool-down.
-        hysteresis: Relative margin by which a newborn must promise more than what it displaces earns.
+        hysteresis: A newborn must promise 1 + this times the score of what it displaces.
         protect: Events through which a newborn cannot be pruned.
         min_rank: Smallest rank of every site.
         max_rank: Largest rank of every site; None for the smaller side of its matrix.
