@@ -66,6 +66,8 @@ def resolve_budget(
     scheduler = _make_scheduler(spec, sites, start, target, total_steps)
     is_static = spec.schedule == "constant" and spec.policy in _BLIND
     policy = scheduler.policy if spec.policy in _BLIND else make_policy("uniform")
+    if spec.policy == "frozen":  # it must also fit the least budget of the run
+        _start_ranks(policy, sites, min(start, target))
     return ResolvedBudget(
         sites=tuple(sites),
         target=target,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from rankflow.adapters.base_weight import over_rows, row_norms
@@ -39,7 +40,7 @@ class DeadVariant(LoraVariant):
         """Return the layer's output, given the base layer's output ``result``."""
         if active_adapter not in module.lora_magnitude_vector:
             return result
-        scale = _magnitude(module, active_adapter) / row_norms(module)
+        scale = _factor(module, active_adapter)
         base = module.get_base_layer()
         bias = getattr(base, "bias", None)
         if isinstance(base, nn.modules.conv._ConvNd):
@@ -54,15 +55,18 @@ class DeadVariant(LoraVariant):
         """Return the merged weight as a new tensor."""
         if active_adapter not in module.lora_magnitude_vector:
             return orig_weight.clone()
-        with module._unmerged_base_weight(safe_merge=True) as weight:
-            factor = _magnitude(module, active_adapter).detach() / row_norms(module, weight)
-        module._cache_store(f"{active_adapter}-dead", factor)
-        return (orig_weight * over_rows(module, factor)).to(orig_weight.dtype)
+        factor = _merging_factor(module, active_adapter, safe_merge=True)
+        # PEFT copied the weight before the other merged adapters were taken out and put back.
+        weight = dequantize_module_weight(module.get_base_layer()).detach()
+        return (weight * over_rows(module, factor)).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         """Merge into ``orig_weight`` in place."""
-        orig_weight.data = DeadVariant.merge_safe(module, active_adapter, orig_weight.data)
+        if active_adapter in module.lora_magnitude_vector:
+            factor = _merging_factor(module, active_adapter, safe_merge=False)
+            merged = orig_weight.data * over_rows(module, factor)
+            orig_weight.data = merged.to(orig_weight.dtype)
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -119,5 +123,16 @@ def _empty_factors(
     return [(key, p, axis) for key, p, axis in factors if p.shape[axis] == 0]
 
 
-def _magnitude(module: LoraLayer, adapter_name: str) -> Tensor:
-    return module.lora_magnitude_vector[adapter_name].weight.flatten()  # (out,)
+def _factor(module: LoraLayer, adapter_name: str, weight: Tensor | None = None) -> Tensor:
+    """Return ``m / ||W||``, shape ``(out,)``; 1 for a row of zeros, which stays zero anyway."""
+    norms = row_norms(module, weight)
+    magnitude = module.lora_magnitude_vector[adapter_name].weight.flatten()
+    return torch.where(norms > torch.finfo(norms.dtype).tiny, magnitude / norms, 1)
+
+
+def _merging_factor(module: LoraLayer, adapter_name: str, *, safe_merge: bool) -> Tensor:
+    """Return the factor on the weight without other merged adapters, and keep it for unmerging."""
+    with module._unmerged_base_weight(safe_merge=safe_merge) as weight:
+        factor = _factor(module, adapter_name, weight).detach()
+    module._cache_store(f"{adapter_name}-dead", factor)
+    return factor

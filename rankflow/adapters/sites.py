@@ -250,7 +250,8 @@ def _refuse_shared(sites: list[Site]) -> None:
     owner: dict[int, str] = {}
     for site in sites:
         for parameter in (site.A, site.B):
-            other = owner.setdefault(id(parameter), site.name)
+            # PEFT ties adapters by a transposed view of one storage; empty tensors have no address.
+            other = owner.setdefault(parameter.data_ptr() or id(parameter), site.name)
             if other != site.name:
                 raise SiteError(
                     f"sites {other!r} and {site.name!r} share one adapter tensor, so neither can "

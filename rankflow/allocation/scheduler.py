@@ -74,7 +74,8 @@ class Scheduler:
         allowance = self._allowance(table, step, limit)
         guarded = _protect_young(table, self.protect, limit)
         candidates = _choose_candidates(table, allowance)
-        offer = _offer(guarded, candidates, table.demand / (1 + self.hysteresis))
+        promised = np.nextafter(table.demand / (1 + self.hysteresis), 0)  # the living win a tie
+        offer = _offer(guarded, candidates, promised)
         target = self.policy(offer, limit)
         return plan_from_ranks(guarded, _moderate(table, target, allowance, limit))
 
@@ -97,7 +98,8 @@ def _protect_young(table: ComponentTable, protect: int, limit: int) -> Component
     )
     best = np.zeros(len(sites))
     np.maximum.at(best, site_index, table.scores)
-    guarded = replace(table, sites=sites, scores=np.where(young, best[site_index], table.scores))
+    above = np.nextafter(best, np.inf)[site_index]  # a tie would go to the older component
+    guarded = replace(table, sites=sites, scores=np.where(young, above, table.scores))
     return guarded if guarded.cost_of(guarded.min_ranks) <= limit else table
 
 

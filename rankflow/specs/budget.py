@@ -117,7 +117,7 @@ class BudgetSpec(Spec):
     policy: Policy = "knapsack"
     recycle: Annotated[float, Field(ge=0, le=1)] = 0.2
     hysteresis: Annotated[float, Field(ge=0)] = 1.0
-    protect: NonNegativeInt = 2
+    protect: NonNegativeInt = 1
     min_rank: NonNegativeInt = 0
     max_rank: NonNegativeInt | None = None
     bounds: dict[Pattern, RankBounds] = Field(default_factory=dict)

@@ -11,7 +11,7 @@ from rankflow.training.models import BaseModel
 
 
 def add_adapter(base: BaseModel, spec: ModelSpec, adapter: Mapping[str, Any]) -> PeftModel:
-    """Wrap the base model; what trains is the adapter and the modules that are new.
+    """Wrap the base model; what trains is the adapter, and the task head in full.
 
     Args:
         base: The loaded base model, changed in place.
@@ -21,7 +21,7 @@ def add_adapter(base: BaseModel, spec: ModelSpec, adapter: Mapping[str, Any]) ->
     Raises:
         SpecError: PEFT refuses the adapter, e.g. because no module has a target's name.
     """
-    kept = {*(adapter.get("modules_to_save") or ()), *base.new_modules}
+    kept = {*(adapter.get("modules_to_save") or ()), *base.full_modules}
     settings = {**adapter, "modules_to_save": sorted(kept) or None}
     try:
         config = LoraConfig(task_type=_task_type(spec), **settings)

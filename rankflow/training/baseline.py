@@ -148,7 +148,7 @@ def _minimise(
         optimizer.zero_grad()
         logits = functional.linear(values, weight, bias)
         loss = functional.cross_entropy(logits, labels) + penalty / 2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)

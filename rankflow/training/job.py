@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
+import torch
 from datasets import DatasetDict
 from peft import PeftModel
+from rich.console import Console
 from transformers import set_seed
 
 from rankflow.specs.run import ModelSpec, RunSpec
 from rankflow.training.adapter import add_adapter
-from rankflow.training.baseline import measure_frozen_encoder
+from rankflow.training.baseline import Baseline, fit_baseline
 from rankflow.training.data import TaskData, load_data
+from rankflow.training.head import start_head
 from rankflow.training.models import BaseModel, check_length, load_base_model
 from rankflow.training.pooling import TokenPooling
 from rankflow.training.tokens import Collator, make_collator, tokenize
@@ -22,7 +25,6 @@ class Job:
     Attributes:
         data: The rows as text.
         splits: The rows as tokens.
-        base: The base model, now under the adapter.
         model: The model with its adapter.
         collate: Pads rows into a batch.
         baseline: Metrics of the frozen encoder on the judged split; empty for language models,
@@ -31,42 +33,58 @@ class Job:
 
     data: TaskData
     splits: DatasetDict
-    base: BaseModel
     model: PeftModel
     collate: Collator
     baseline: dict[str, float]
 
 
-def prepare(spec: RunSpec) -> Job:
-    """Load data and model, measure the frozen encoder, and put the adapter on.
+def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
+    """Load data and model, fit the baseline, and put the adapter on.
 
     Raises:
         SpecError: The spec names something that does not exist or does not fit.
         RankFlowError: Rows, checkpoint or tokenizer are not fit for the task.
     """
-    task = spec.model.task
-    data = load_data(spec.data, task)
-    set_seed(spec.seed)  # the head is drawn at random
-    base = load_base_model(spec.model, data.labels)
-    check_length(spec.data.max_length, base.model.config)
-    splits = tokenize(data.splits, base.tokenizer, task, spec.data.max_length)
-    collate = make_collator(base.tokenizer, task)
+    with console.status("reading the rows"):
+        data = load_data(spec.data, spec.model.task)
+    console.print(f"data        {_describe_data(spec, data)}", highlight=False, soft_wrap=True)
+    with console.status("loading the model"):
+        set_seed(spec.seed)  # a new head and the adapter are drawn at random
+        base = load_base_model(spec.model, data.labels)
+        check_length(spec.data.max_length, base.model.config)
+        splits = tokenize(data.splits, base.tokenizer, spec.model.task, spec.data.max_length)
+    console.print(f"model       {_describe_model(spec, base)}", highlight=False, soft_wrap=True)
+    collate = make_collator(base.tokenizer, spec.model.task)
+    base.model.to(device)
     baseline: dict[str, float] = {}
-    if data.labels and data.judged_split is not None:
-        baseline = measure_frozen_encoder(
-            base.model,
-            splits,
-            data.judged_split,
-            collate,
-            feature_pooling(spec.model),
-            len(data.labels),
-        )
-    model = add_adapter(base, spec.model, spec.adapter)
-    return Job(data, splits, base, model, collate, baseline)
+    if data.labels:
+        with console.status("fitting a head on the frozen encoder"):
+            fitted = _fit(base, spec.model, data, splits, collate)
+        baseline = fitted.metrics
+        if reads_hidden_states(spec.model):
+            start_head(base, fitted.head)
+    return Job(data, splits, add_adapter(base, spec.model, spec.adapter), collate, baseline)
 
 
-def feature_pooling(spec: ModelSpec) -> TokenPooling | None:
-    """How the frozen baseline pools: as the task does, by the mean where the model decides."""
+def reads_hidden_states(spec: ModelSpec) -> bool:
+    """Whether the task head is a linear map of the encoder's last hidden states."""
+    return spec.task == "token-classification" or spec.pooling != "model"
+
+
+def _fit(
+    base: BaseModel, spec: ModelSpec, data: TaskData, splits: DatasetDict, collate: Collator
+) -> Baseline:
+    pooling: TokenPooling | None = "cls" if spec.pooling == "cls" else "mean"
     if spec.task == "token-classification":
-        return None
-    return "cls" if spec.pooling == "cls" else "mean"
+        pooling = None
+    return fit_baseline(base.model, splits, data.judged_split, collate, pooling, len(data.labels))
+
+
+def _describe_data(spec: RunSpec, data: TaskData) -> str:
+    rows = ", ".join(f"{len(rows):,} {name}" for name, rows in data.splits.items())
+    classes = f", {len(data.labels)} classes" if data.labels else ""
+    return f"{spec.data.name or 'files'}: {rows} rows{classes}"
+
+
+def _describe_model(spec: RunSpec, base: BaseModel) -> str:
+    return f"{spec.model.name}: {base.model.num_parameters():,} parameters"

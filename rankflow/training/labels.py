@@ -1,6 +1,6 @@
 """From the label values of a source to class indices that mean the same in every split."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import ClassLabel, List, Value
@@ -30,51 +30,69 @@ def encode_labels(
     for name, split in splits.items():
         _check_are_classes(split, values[name], column)
     train = splits["train"]
-    classes = tuple(_name(value, train) for value in sorted(set(_flatten(values["train"]))))
+    classes = tuple(_name_all(sorted(set(_flatten(values["train"]))), train))
     if len(classes) < 2:
         raise RankFlowError(
             f"{train.origin}: column '{column}' holds one class only ({', '.join(classes)}); "
             "a classifier needs two"
         )
     index = {label: position for position, label in enumerate(classes)}
-    return {
-        name: _encode(split, values[name], index, column) for name, split in splits.items()
-    }, classes
+    encoded = {}
+    for name, split in splits.items():
+        labels = _name_all(values[name], split)
+        _check_known(split, labels, index, column)
+        rows = split.rows.remove_columns("label").add_column("label", _look_up(labels, index))
+        encoded[name] = Split(rows, split.origin)
+    return encoded, classes
 
 
-def _check_are_classes(split: Split, values: list[Any], column: str) -> None:
+def _check_are_classes(split: Split, values: Sequence[Any], column: str) -> None:
     kind = _leaf(split)
     if isinstance(kind, Value) and kind.dtype.startswith(("float", "double")):
         raise RankFlowError(
             f"{split.origin}: column '{column}' holds numbers ({kind.dtype}), not classes; write "
             "the classes as strings or whole numbers"
         )
+    # The hub marks the hidden labels of a test split by -1.
+    absent = (None, -1) if isinstance(kind, ClassLabel) else (None,)
     for row, value in enumerate(values, start=1):
-        # The hub marks the hidden labels of a test split by -1.
-        if any(v is None or (isinstance(kind, ClassLabel) and v < 0) for v in _flatten([value])):
+        if any(label in absent for label in _flatten([value])):
             raise RankFlowError(
                 f"{split.origin}: row {row} has no label in column '{column}'; remove such rows, "
                 "or name a labelled file instead"
             )
 
 
-def _encode(split: Split, values: list[Any], index: Mapping[str, int], column: str) -> Split:
-    for row, value in enumerate(values, start=1):
+def _check_known(
+    split: Split, labels: Sequence[Any], index: Mapping[str, int], column: str
+) -> None:
+    for row, value in enumerate(labels, start=1):
         for label in _flatten([value]):
-            if _name(label, split) not in index:
+            if label not in index:
                 raise RankFlowError(
-                    f"{split.origin}: row {row} has the label '{_name(label, split)}' in column "
-                    f"'{column}', which no training row has; "
-                    f"{suggest(_name(label, split), index)}"
+                    f"{split.origin}: row {row} has the label '{label}' in column '{column}', "
+                    f"which no training row has; {suggest(label, index)}"
                 )
-    encoded = [_encode_one(value, split, index) for value in values]
-    return Split(split.rows.remove_columns("label").add_column("label", encoded), split.origin)
 
 
-def _encode_one(value: Any, split: Split, index: Mapping[str, int]) -> int | list[int]:
-    if isinstance(value, list):
-        return [index[_name(label, split)] for label in value]
-    return index[_name(value, split)]
+def _name_all(values: Sequence[Any], split: Split) -> list[Any]:
+    """Turn label values into class names, in lists where they are in lists."""
+    kind = _leaf(split)
+    names = kind.names if isinstance(kind, ClassLabel) else None
+
+    def name(value: Any) -> Any:
+        if isinstance(value, list):
+            return [name(label) for label in value]
+        return str(value) if names is None else names[value]
+
+    return [name(value) for value in values]
+
+
+def _look_up(labels: Sequence[Any], index: Mapping[str, int]) -> list[Any]:
+    return [
+        [index[word] for word in label] if isinstance(label, list) else index[label]
+        for label in labels
+    ]
 
 
 def _leaf(split: Split) -> ClassLabel | Value:
@@ -82,12 +100,7 @@ def _leaf(split: Split) -> ClassLabel | Value:
     return feature.feature if isinstance(feature, List) else feature
 
 
-def _name(value: Any, split: Split) -> str:
-    leaf = _leaf(split)
-    return leaf.names[value] if isinstance(leaf, ClassLabel) else str(value)
-
-
-def _flatten(values: list[Any]) -> Iterator[Any]:
+def _flatten(values: Sequence[Any]) -> Iterator[Any]:
     for value in values:
         if isinstance(value, list):
             yield from value

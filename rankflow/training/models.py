@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,13 +32,15 @@ class BaseModel:
     Attributes:
         model: The stock transformers model.
         tokenizer: Its tokenizer, which can pad.
-        new_modules: The modules that the checkpoint does not hold (the task head). They start at
-            random, so they must train and be saved with the adapter.
+        new_modules: Modules that the checkpoint does not hold and that start at random.
+        full_modules: Modules that train in full and are saved with the adapter: the task head, and
+            whatever is new. No site may lie in them.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     new_modules: tuple[str, ...]
+    full_modules: tuple[str, ...]
 
 
 def load_base_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
@@ -53,7 +56,7 @@ def load_base_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
     """
     path = locate(spec.name)
     config = load_config(spec, labels)
-    tokenizer = _load_tokenizer(spec)
+    tokenizer = load_tokenizer(spec)
     try:
         with quiet_libraries():
             model, info = auto_class(spec).from_pretrained(
@@ -68,7 +71,25 @@ def load_base_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
         raise SpecError(f"[model] name = '{spec.name}': {error}") from error
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     check_vocabulary(model, tokenizer)
-    return BaseModel(model, tokenizer, _new_modules(absent, model.base_model_prefix, spec))
+    new = _new_modules(absent, model.base_model_prefix, spec)
+    return BaseModel(model, tokenizer, new, tuple(sorted({*new, *_head_modules(model, spec)})))
+
+
+def build_meta_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
+    """Build the model without numbers, on the ``meta`` device; nothing of its weights is read.
+
+    Raises:
+        SpecError: There is no such model, or none of its kind for the task.
+        RankFlowError: The tokenizer is another model's.
+    """
+    config, tokenizer = load_config(spec, labels), load_tokenizer(spec)
+    try:
+        with torch.device("meta"):
+            model = auto_class(spec).from_config(config, dtype=getattr(torch, spec.dtype))
+    except ValueError as error:
+        raise SpecError(f"[model] name = '{spec.name}': {error}") from error
+    check_vocabulary(model, tokenizer)
+    return BaseModel(model, tokenizer, (), _head_modules(model, spec))
 
 
 def locate(name: str) -> str:
@@ -111,6 +132,32 @@ def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
     if not labels:
         config.use_cache = False  # of use in generation only
     return config
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, and make sure that it can pad.
+
+    Raises:
+        SpecError: There is none.
+        RankFlowError: It has no token to pad with.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            locate(spec.name), revision=spec.revision
+        )
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"[model] name = '{spec.name}': no tokenizer ({error}); put the model's tokenizer "
+            "files into its folder"
+        ) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise RankFlowError(
+                f"the tokenizer of '{spec.name}' has neither a padding nor an end token; set "
+                "`pad_token` in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def auto_class(spec: ModelSpec) -> Any:
@@ -161,26 +208,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def _load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            locate(spec.name), revision=spec.revision
-        )
-    except (OSError, ValueError) as error:
-        raise SpecError(
-            f"[model] name = '{spec.name}': no tokenizer ({error}); put the model's tokenizer "
-            "files into its folder"
-        ) from error
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise RankFlowError(
-                f"the tokenizer of '{spec.name}' has neither a padding nor an end token; set "
-                "`pad_token` in its tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def _new_modules(absent: list[str], prefix: str, spec: ModelSpec) -> tuple[str, ...]:
     """Name the modules around missing weights; only a head and a pooler may be missing."""
     inside = [key for key in absent if key.startswith(f"{prefix}.")]
@@ -193,3 +220,14 @@ def _new_modules(absent: list[str], prefix: str, spec: ModelSpec) -> tuple[str, 
         )
     poolers = {f"{prefix}.pooler"} if inside else set()
     return tuple(sorted({key.split(".")[0] for key in absent if key not in inside} | poolers))
+
+
+def _head_modules(model: PreTrainedModel, spec: ModelSpec) -> tuple[str, ...]:
+    """Name what a classifier has beside its encoder."""
+    if spec.task in ("causal-lm", "seq2seq-lm"):
+        return ()
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    )

@@ -13,18 +13,21 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankflow.integrations.huggingface import RankFlowCallback
 from rankflow.records import RankEvent
 from rankflow.report.summary import describe_event
 
 
 class ProgressBar(TrainerCallback):
-    """Shows steps, loss and time left; as a sink of events, prints a line for each above the bar.
+    """Shows steps, loss and time left, and prints a line above for each reallocation.
 
     Args:
         console: Where to draw.
+        rankflow: The callback whose events are shown; it must come before this one.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, rankflow: RankFlowCallback) -> None:
+        self._rankflow = rankflow
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -34,19 +37,15 @@ class ProgressBar(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task("", total=None, loss="", start=False)
-
-    def __call__(self, event: RankEvent) -> None:
-        """Print what an event did."""
-        self._progress.console.print(describe_event(event), highlight=False)
+        self._task = self._progress.add_task("", total=None, loss="")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Show the bar."""
-        if state.is_world_process_zero:
-            self._progress.update(self._task, total=state.max_steps)
-            self._progress.start_task(self._task)
+        if state.is_world_process_zero and self._rankflow.flow is not None:
+            self._rankflow.flow.sinks.append(self._print_event)
+            self._progress.reset(self._task, total=state.max_steps, completed=state.global_step)
             self._progress.start()
 
     def on_step_end(
@@ -65,10 +64,11 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         """Show the loss beside the bar."""
         if logs and "loss" in logs:
-            self._progress.update(self._task, loss=f"loss {logs['loss']:.3f}")
+            self._progress.update(self._task, loss=f"loss {float(logs['loss']):.3f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Leave the finished bar standing."""
+    def close(self) -> None:
+        """Leave the bar as it stands; also after an error, so that the terminal is usable."""
         self._progress.stop()
+
+    def _print_event(self, event: RankEvent) -> None:
+        self._progress.console.print(describe_event(event), highlight=False, soft_wrap=True)

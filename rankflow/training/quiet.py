@@ -1,5 +1,6 @@
 """Keep libraries from writing over RankFlow's own progress bar."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,10 @@ def quiet_libraries() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5 for an attribute under its old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if had_bars:

@@ -4,10 +4,10 @@ A run always starts in a fresh folder. One that is in the way, finished or not, 
 rather than overwritten, so that the same command can be given again and nothing is lost::
 
     runs/quickstart      the run that starts now
-    runs/quickstart.1    the one before the last
-    runs/quickstart.2    the last one
+    runs/quickstart.1    the first one
+    runs/quickstart.2    the second one
 
-A folder that no run wrote is never touched.
+A run that resumes goes on in its own folder. A folder that no run wrote is never touched.
 """
 
 import json
@@ -21,24 +21,35 @@ from rankflow.specs.run import RunSpec
 
 SPEC_FILE = "run.json"
 METRICS_FILE = "metrics.json"
-EVENTS_FILE = "events.jsonl"
 ADAPTER_FOLDER = "adapter"
 
 
-def start_folder(spec: RunSpec) -> tuple[Path, Path | None]:
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that something other than a run fills.
+
+    Raises:
+        SpecError: It is so.
+    """
+    if _is_taken(folder) and not (folder / SPEC_FILE).is_file():
+        raise SpecError(
+            f"[train] output_dir = '{folder}': it exists and no run wrote it (it has no "
+            f"{SPEC_FILE}); choose another folder"
+        )
+
+
+def start_folder(folder: Path, spec: RunSpec) -> Path | None:
     """Make the run's folder and write the resolved spec into it.
 
     Returns:
-        The folder, and where an earlier run that held its name went.
-
-    Raises:
-        SpecError: Something that is not a run holds the folder's name.
+        Where an earlier run that held the name went, if there was one.
     """
-    folder = Path(spec.train["output_dir"])
-    moved = _move_aside(folder)
+    aside = None
+    if _is_taken(folder):
+        paths = (folder.with_name(f"{folder.name}.{n}") for n in count(1))
+        aside = folder.rename(next(path for path in paths if not path.exists()))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SPEC_FILE, spec.model_dump(mode="json"))
-    return folder, moved
+    return aside
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -48,16 +59,5 @@ def write_json(path: Path, values: Any) -> None:
     os.replace(temporary, path)
 
 
-def _move_aside(folder: Path) -> Path | None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
-    if not (folder / SPEC_FILE).is_file():
-        raise SpecError(
-            f"[train] output_dir = '{folder}': it exists and no run wrote it (it has no "
-            f"{SPEC_FILE}); choose another folder"
-        )
-    free = next(
-        path for n in count(1) if not (path := folder.with_name(f"{folder.name}.{n}")).exists()
-    )
-    folder.rename(free)
-    return free
+def _is_taken(folder: Path) -> bool:
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))

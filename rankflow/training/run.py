@@ -1,0 +1,134 @@
+"""The main job: from a run spec to a trained, measured and exported adapter."""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PrinterCallback
+
+from rankflow.adapters.sites import find_sites
+from rankflow.export.card import AdapterFacts
+from rankflow.export.peft import export_adapter
+from rankflow.integrations.huggingface import RankFlowTrainer
+from rankflow.specs.run import RunSpec
+from rankflow.training.arguments import make_arguments
+from rankflow.training.job import Job, prepare
+from rankflow.training.progress import ProgressBar
+from rankflow.training.quiet import quiet_libraries
+from rankflow.training.result import RunResult, print_result
+from rankflow.training.run_folder import (
+    ADAPTER_FOLDER,
+    METRICS_FILE,
+    check_folder,
+    start_folder,
+    write_json,
+)
+from rankflow.training.trainer import make_trainer
+
+
+def train(spec: RunSpec, *, console: Console) -> RunResult:
+    """Train an adapter under its budget, judge it, export it, and tell.
+
+    An earlier run in the output folder is moved aside; with ``resume_from_checkpoint`` in
+    ``[train]`` the run goes on in its folder instead.
+
+    Args:
+        spec: The run, from ``rankflow.specs.run.load_run``.
+        console: Where to draw.
+
+    Raises:
+        RankFlowError: Anything about the run is wrong; found before the first step.
+    """
+    began = time.perf_counter()
+    folder = Path(spec.train["output_dir"])
+    check_folder(folder)
+    with quiet_libraries():
+        args = make_arguments(spec)
+        job = prepare(spec, args.device, console)
+        if args.resume_from_checkpoint is None:
+            aside = start_folder(folder, spec)
+            if aside is not None:
+                console.print(f"output      an earlier run moved to {aside}", highlight=False, soft_wrap=True)
+        trainer = make_trainer(spec, job, args)
+        baseline = job.baseline or _measure_base_model(trainer, job)
+        _train_under_bar(trainer, console)
+        metrics = _measure(trainer, job)
+        adapter = _export(spec, trainer, metrics, folder / ADAPTER_FOLDER)
+    seconds = time.perf_counter() - began
+    result = _sum_up(trainer, job, folder, adapter, baseline, metrics, seconds)
+    write_json(
+        folder / METRICS_FILE, asdict(result) | {"folder": str(folder), "adapter": str(adapter)}
+    )
+    print_result(result, spec, console)
+    return result
+
+
+def _train_under_bar(trainer: RankFlowTrainer, console: Console) -> None:
+    bar = ProgressBar(console, trainer.rankflow)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(bar)
+    try:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    finally:
+        bar.close()
+
+
+def _measure_base_model(trainer: RankFlowTrainer, job: Job) -> dict[str, float]:
+    with job.model.disable_adapter():
+        return _measure(trainer, job)
+
+
+def _measure(trainer: RankFlowTrainer, job: Job) -> dict[str, float]:
+    """Return accuracy and nll of a classifier, loss and perplexity of a language model."""
+    split = job.data.judged_split
+    if split is None:
+        return {}
+    measured = trainer.evaluate(job.splits[split], metric_key_prefix=split)
+    if job.data.labels:
+        return {name: measured[f"{split}_{name}"] for name in ("accuracy", "nll")}
+    loss = measured[f"{split}_loss"]
+    return {"loss": loss, "perplexity": math.exp(loss)}
+
+
+def _export(spec: RunSpec, trainer: RankFlowTrainer, metrics: dict[str, float], path: Path) -> Path:
+    flow = trainer.rankflow.flow
+    assert flow is not None  # training is over
+    facts = AdapterFacts(
+        spent=flow.spent,
+        target=flow.resolved.target,
+        steps=flow.steps,
+        budget=spec.budget.model_dump(),
+        metrics=metrics,
+    )
+    return export_adapter(trainer.model, path, facts=facts)
+
+
+def _sum_up(
+    trainer: RankFlowTrainer,
+    job: Job,
+    folder: Path,
+    adapter: Path,
+    baseline: dict[str, float],
+    metrics: dict[str, float],
+    seconds: float,
+) -> RunResult:
+    flow = trainer.rankflow.flow
+    assert flow is not None  # training is over
+    trainable = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+    return RunResult(
+        folder=folder,
+        adapter=adapter,
+        split=job.data.judged_split,
+        baseline=baseline,
+        metrics=metrics,
+        spent=flow.spent,
+        target=flow.resolved.target,
+        head=trainable - flow.spent,
+        classes=len(job.data.labels),
+        ranks=flow.ranks,
+        costs={site.name: site.parameters for site in find_sites(job.model, "default")},
+        events=len(flow.history),
+        seconds=seconds,
+    )

@@ -1,0 +1,783 @@
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.optimization import Adafactor
+
+from rankflow.checkpoint import load_state, save_state
+from rankflow.engine import RankFlow, base_parameters
+from rankflow.errors import (
+    BudgetError,
+    CheckpointError,
+    RankFlowError,
+    SiteError,
+    SpecError,
+    SurgeryError,
+)
+from rankflow.specs.budget import BudgetSpec
+
+STEPS = 40
+TARGETS = ["first", "second", "third"]
+# Parameters of a component: 6 + 8, 8 + 10 and 10 + 4; of the magnitudes: 8, 10 and 4.
+COMPONENTS, MAGNITUDES = 14 + 18 + 14, 8 + 10 + 4
+
+MOVES = {"rank": 2, "warmup": 4, "cooldown": 8, "every": 4, "decay": 0.5}
+BUDGETS = {
+    "reallocate": MOVES | {"recycle": 0.5, "hysteresis": 0.2, "protect": 1},
+    "prune": MOVES | {"start": 1.75, "schedule": "cubic", "recycle": 0.0},
+    "grow": MOVES | {"start": 0.5, "schedule": "linear", "recycle": 0.2, "protect": 0},
+    "starve": MOVES | {"rank": 0.8, "start": 2.5, "schedule": "linear", "recycle": 0.4},
+    "threshold": MOVES | {"policy": "threshold", "start": 1.5, "schedule": "cubic-late"},
+    "proportional": MOVES | {"policy": "proportional", "recycle": 0.4},
+    "uniform": MOVES | {"policy": "uniform", "start": 1.75, "schedule": "step", "stages": 3},
+    "random": MOVES | {"policy": "random", "start": 1.75, "schedule": "linear"},
+}
+SCORES = ["frobenius", "norm", "sensitivity", "taylor", "fisher", "random", "uniform"]
+
+
+class Net(nn.Module):
+    """Three layers of different shapes and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 10)
+        self.third = nn.Linear(10, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))))
+
+
+def make_model(*, seed=0, adapter_name="default", **config):
+    torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | config
+    return peft.get_peft_model(Net(), peft.LoraConfig(**config), adapter_name=adapter_name)
+
+
+def make_optimizer(model, kind=torch.optim.AdamW, **settings):
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return kind(trainable, **({"lr": 0.02} | settings))
+
+
+def start(budget, *, total_steps=STEPS, **config):
+    """Build a model, an engine and an optimizer."""
+    model = make_model(**config)
+    spec = budget if isinstance(budget, BudgetSpec) else BudgetSpec(**budget)
+    flow = RankFlow(model, spec, total_steps)
+    return model, flow, make_optimizer(model)
+
+
+def batch(step):
+    """Draw the data of one step, whatever was drawn before."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(16, 6, generator=generator)
+    return x, (x[:, :3] * torch.tensor([1.0, -2.0, 0.5])).argmax(1)
+
+
+def loss_of(model, step):
+    x, y = batch(step)
+    return functional.cross_entropy(model(x), y)
+
+
+def take_step(model, flow, optimizer, step):
+    loss_of(model, step).backward()
+    flow.observe()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return flow.step(optimizer)
+
+
+def train(model, flow, optimizer, *, first=0, last=STEPS):
+    return [take_step(model, flow, optimizer, step) for step in range(first, last)]
+
+
+def adapter_parameters(model, adapter_name="default"):
+    """Find the trainable adapter parameters without asking RankFlow."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name and f".{adapter_name}" in name and parameter.requires_grad
+    }
+
+
+def recount(model, adapter_name="default"):
+    return sum(p.numel() for p in adapter_parameters(model, adapter_name).values())
+
+
+def untimed(history):
+    return [replace(event, seconds=0.0) for event in history]
+
+
+def ranks_in(model, adapter_name="default"):
+    """Read every site's rank off the shapes of both of its factors."""
+    ranks = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
+            assert A.shape[0] == B.shape[1]
+            ranks[name] = A.shape[0]
+    return ranks
+
+
+# Construction
+
+
+@pytest.mark.parametrize("r", [1, 2, 4])
+def test_construction_resizes_every_site_evenly_whatever_rank_the_adapter_had(r):
+    model = make_model(r=r, lora_alpha=2 * r)
+    flow = RankFlow(model, BudgetSpec(rank=3), STEPS)
+    assert flow.ranks == {"first": 3, "second": 3, "third": 3} == ranks_in(model)
+    assert flow.spent == flow.limit == 3 * COMPONENTS == recount(model)
+
+
+def test_magnitudes_count_within_the_budget(use_dora):
+    model = make_model(use_dora=use_dora)
+    flow = RankFlow(model, BudgetSpec(rank=2), STEPS)
+    assert flow.limit == 2 * COMPONENTS
+    assert flow.spent == recount(model) <= flow.limit
+    components = sum(
+        rank * cost for rank, cost in zip(flow.ranks.values(), (14, 18, 14), strict=True)
+    )
+    assert flow.spent == components + use_dora * MAGNITUDES
+    assert flow.limit - flow.spent < 14
+
+
+def test_construction_keeps_the_function(use_dora):
+    model = make_model(use_dora=use_dora)
+    x, _ = batch(0)
+    before = model(x)
+    RankFlow(model, BudgetSpec(rank=3), STEPS)
+    torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_an_optimizer_made_before_or_after_the_engine_trains_the_very_next_step(made, use_dora):
+    model = make_model(use_dora=use_dora)
+    optimizer = make_optimizer(model)
+    flow = RankFlow(model, BudgetSpec(**BUDGETS["reallocate"]), STEPS)
+    if made == "after":
+        optimizer = make_optimizer(model)
+    before = copy.deepcopy(adapter_parameters(model))
+    for step in range(2):  # B starts at zero, so A moves from the second step on
+        take_step(model, flow, optimizer, step)
+    assert all(not torch.equal(p, before[name]) for name, p in adapter_parameters(model).items())
+
+
+def test_a_model_under_rankflow_stays_a_stock_peft_model():
+    model, flow, optimizer = start(BUDGETS["prune"])
+    train(model, flow, optimizer)
+    assert type(model) is peft.PeftModel
+    assert model.peft_config["default"].peft_type == peft.PeftType.LORA
+    with model.disable_adapter():
+        assert torch.equal(model(batch(0)[0]), make_model().get_base_model()(batch(0)[0]))
+
+
+# Invariants of every event
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_event_keeps_the_budget_the_scales_and_the_count(name, use_dora):
+    model, flow, optimizer = start(BUDGETS[name], use_dora=use_dora)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    happened = 0
+    for step in range(STEPS):
+        event = take_step(model, flow, optimizer, step)
+        assert flow.spent == recount(model)
+        assert flow.ranks == ranks_in(model)
+        assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in adapter_parameters(model).values()}
+        if event is not None:
+            happened += 1
+            assert event.spent == flow.spent <= flow.limit == event.limit
+            assert event.ranks == flow.ranks
+    assert happened == len(flow.history) == 8
+    assert flow.spent <= flow.limit == flow.resolved.target
+    assert flow.finish() is None
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_steers_within_the_budget(score, use_dora):
+    model, flow, optimizer = start(BUDGETS["starve"] | {"score": score}, use_dora=use_dora)
+    train(model, flow, optimizer)
+    assert flow.spent == recount(model) <= int(0.8 * COMPONENTS)
+    assert flow.ranks == ranks_in(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.Adafactor, {}),
+        (Adafactor, {"scale_parameter": False, "relative_step": False}),
+    ],
+)
+def test_every_kind_of_optimizer_trains_through_the_events(kind, settings):
+    model = make_model()
+    flow = RankFlow(model, BudgetSpec(**BUDGETS["reallocate"]), STEPS)
+    optimizer = make_optimizer(model, kind, **settings)
+    before = loss_of(model, 0).item()
+    train(model, flow, optimizer)
+    assert any(event.born for event in flow.history)
+    assert flow.spent == recount(model) <= flow.limit
+    assert loss_of(model, 0).item() < before
+
+
+def test_birth_does_not_change_the_function(use_dora):
+    model, flow, optimizer = start(BUDGETS["grow"] | {"recycle": 0.0}, use_dora=use_dora)
+    x, _ = batch(0)
+    births = 0
+    for step in range(STEPS):
+        loss_of(model, step).backward()
+        flow.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = model(x)
+        event = flow.step(optimizer)
+        if event is not None and event.born and not event.pruned:
+            births += len(event.born)
+            torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
+    assert births >= 3
+
+
+def test_every_component_moves_in_the_two_steps_after_every_event(use_dora):
+    model, flow, optimizer = start(BUDGETS["reallocate"], use_dora=use_dora)
+    born, before = 0, {}
+    for step in range(STEPS):
+        if take_step(model, flow, optimizer, step) is not None:
+            born += len(flow.history[-1].born)
+            before = copy.deepcopy(adapter_parameters(model))
+        elif flow.history and step == flow.history[-1].step + 1:  # B moves first, A by its help
+            for name, parameter in adapter_parameters(model).items():
+                rows = parameter.T if "lora_B" in name else parameter.view(len(parameter), -1)
+                old = before[name].T if "lora_B" in name else before[name].view(len(rows), -1)
+                assert (rows != old).any(dim=1).all(), name
+    assert born > 0
+
+
+def test_a_learning_rate_schedule_stays_bound_across_the_events():
+    model, flow, optimizer = start(BUDGETS["reallocate"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    for step in range(STEPS):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02 * (1 - step / STEPS))
+        take_step(model, flow, optimizer, step)
+        schedule.step()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_survivors_keep_their_values_and_their_moments():
+    model, flow, optimizer = start(BUDGETS["prune"])
+    checked = 0
+    for step in range(STEPS):
+        loss_of(model, step).backward()
+        flow.observe()
+        optimizer.step()
+        before = {
+            name: (p.detach().clone(), optimizer.state[p]["exp_avg_sq"].clone())
+            for name, p in adapter_parameters(model).items()
+        }
+        event = flow.step(optimizer)
+        optimizer.zero_grad()
+        if event is None:
+            continue
+        for name, p in adapter_parameters(model).items():
+            site = name.split(".")[2]
+            gone = {change.component for change in event.pruned if change.site == site}
+            keep = [i for i in range(event.ranks_before[site]) if i not in gone]
+            axis = 1 if "lora_B" in name else 0
+            value, moment = (t.index_select(axis, torch.tensor(keep)) for t in before[name])
+            assert torch.equal(p, value)
+            assert torch.equal(optimizer.state[p]["exp_avg_sq"], moment)
+            checked += len(gone)
+    assert checked > 0
+
+
+def test_a_dead_site_comes_back_to_life():
+    model, flow, optimizer = start(
+        BUDGETS["starve"] | {"score": "random", "hysteresis": 0.0, "protect": 0, "recycle": 1.0}
+    )
+    seen = [flow.ranks]
+    for step in range(STEPS):
+        if take_step(model, flow, optimizer, step) is not None:
+            seen.append(flow.ranks)
+    revived = [
+        site
+        for before, after in pairwise(seen)
+        for site in after
+        if before[site] == 0 and after[site] > 0
+    ]
+    assert revived
+    assert flow.spent == recount(model) <= flow.limit
+
+
+# Events as a record
+
+
+@pytest.mark.parametrize("name", ["reallocate", "prune", "grow"])
+def test_the_history_tells_the_whole_run_in_order(name):
+    model, flow, optimizer = start(BUDGETS[name])
+    seen = []
+    flow.sinks.append(seen.append)
+    first = flow.ranks
+    returned = [event for event in train(model, flow, optimizer) if event is not None]
+    assert flow.history == seen == returned
+    assert [event.index for event in flow.history] == list(range(8))
+    assert [event.step for event in flow.history] == [4, 8, 12, 16, 20, 24, 28, 32]
+    for event in flow.history:
+        assert event.ranks_before == first
+        change = dict.fromkeys(first, 0)
+        for component in event.born:
+            change[component.site] += 1
+        for component in event.pruned:
+            change[component.site] -= 1
+        assert event.ranks == {site: first[site] + change[site] for site in first}
+        assert event.seconds > 0
+        first = event.ranks
+    assert flow.ranks == first
+    changes = [change for event in flow.history for change in event.pruned + event.born]
+    assert changes
+    assert all(change.reason for change in changes)
+
+
+def test_pruning_under_a_falling_budget_gives_that_as_the_reason():
+    model, flow, optimizer = start(BUDGETS["prune"])
+    train(model, flow, optimizer)
+    assert {c.reason for event in flow.history for c in event.pruned} == {"the budget fell"}
+
+
+def test_pruning_under_a_constant_budget_names_the_better_site():
+    model, flow, optimizer = start(BUDGETS["reallocate"])
+    train(model, flow, optimizer)
+    reasons = {c.reason for event in flow.history for c in event.pruned}
+    assert reasons == {"another site promises more"}
+
+
+@pytest.mark.parametrize("name", ["reallocate", "prune"])
+def test_the_same_run_twice_gives_identical_events_and_parameters(name, use_dora):
+    runs = []
+    for _ in range(2):
+        model, flow, optimizer = start(BUDGETS[name], use_dora=use_dora)
+        train(model, flow, optimizer)
+        runs.append((untimed(flow.history), adapter_parameters(model)))
+    assert runs[0][0] == runs[1][0]
+    for parameter, other in zip(runs[0][1].values(), runs[1][1].values(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+def test_another_seed_gives_newborns_other_directions():
+    rows = []
+    for seed in (0, 1):
+        model, flow, optimizer = start(BUDGETS["grow"] | {"seed": seed})
+        train(model, flow, optimizer, last=4)
+        born = {change.site for change in flow.history[0].born}
+        assert born
+        rows += [model.get_base_model().get_submodule(min(born)).lora_A["default"].weight[-1]]
+    assert not torch.equal(*rows)
+
+
+# Steps
+
+
+def test_stepping_before_zero_grad_decides_the_same():
+    histories = []
+    for zero_first in (True, False):
+        model, flow, optimizer = start(BUDGETS["reallocate"])
+        for step in range(STEPS):
+            loss_of(model, step).backward()
+            flow.observe()
+            optimizer.step()
+            if zero_first:
+                optimizer.zero_grad()
+            flow.step(optimizer)
+            if not zero_first:
+                optimizer.zero_grad()
+        histories.append(untimed(flow.history))
+    assert histories[0] == histories[1]
+
+
+def test_accumulated_and_clipped_gradients_decide_like_the_whole_batch():
+    histories = []
+    for parts in (1, 4):
+        model, flow, optimizer = start(BUDGETS["prune"])
+        for step in range(STEPS):
+            x, y = batch(step)
+            for xs, ys in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                (functional.cross_entropy(model(xs), ys) / parts).backward()
+            if parts > 1:
+                nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+            flow.observe()
+            optimizer.step()
+            optimizer.zero_grad()
+            flow.step(optimizer)
+        histories.append(flow.history)
+    for whole, accumulated in zip(*histories, strict=True):
+        assert accumulated.ranks == whole.ranks
+        # Gradients are summed in another order; Adam turns that into about 1e-4 in 40 steps.
+        assert accumulated.importance == pytest.approx(whole.importance, rel=1e-2)
+
+
+def test_clipping_does_not_change_the_scores():
+    scores = []
+    for clip in (False, True):
+        model, flow, optimizer = start(BUDGETS["prune"])
+        loss_of(model, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(model, 1).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        flow.observe()
+        scores.append(flow.state_dict()["scorer"]["sum"])
+    assert scores[0].abs().max() > 0
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=0)
+
+
+def test_a_step_whose_gradients_are_not_finite_does_not_count():
+    model, flow, optimizer = start(BUDGETS["prune"])
+    for step in range(2):
+        take_step(model, flow, optimizer, step)
+    before = flow.state_dict()["scorer"]
+    loss_of(model, 2).backward()
+    next(iter(adapter_parameters(model).values())).grad[0, 0] = float("nan")
+    flow.observe()
+    after = flow.state_dict()["scorer"]
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_training_under_bf16_autocast_keeps_the_budget(use_dora):
+    model, flow, optimizer = start(BUDGETS["reallocate"], use_dora=use_dora)
+    before = loss_of(model, 0).item()
+    for step in range(STEPS):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, step)
+        loss.backward()
+        flow.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        flow.step(optimizer)
+    assert flow.spent == recount(model) <= flow.limit
+    assert any(event.born for event in flow.history)
+    assert loss_of(model, 0).item() < before
+
+
+def test_a_static_budget_needs_neither_gradients_nor_events():
+    _, flow, optimizer = start({"rank": 2, "policy": "uniform"})
+    flow.observe()
+    assert [flow.step(optimizer) for _ in range(STEPS)] == [None] * STEPS
+    assert flow.history == []
+    assert flow.finish() is None
+
+
+def test_an_event_without_observation_is_refused_with_the_remedy():
+    model, flow, optimizer = start(BUDGETS["prune"])
+    for _ in range(3):
+        assert flow.step(optimizer) is None
+    with pytest.raises(
+        RankFlowError, match=r"after step 4, but observe\(\) saw no gradients; call"
+    ):
+        flow.step(optimizer)
+    assert flow.ranks == ranks_in(model)
+    assert flow.history == []
+
+
+def test_observing_without_gradients_is_refused_with_the_remedy():
+    model, flow, optimizer = start(BUDGETS["prune"])
+    with pytest.raises(RankFlowError, match=r"no gradient on any adapter parameter; call it after"):
+        flow.observe()
+    loss_of(model, 0).backward()
+    optimizer.zero_grad()
+    with pytest.raises(RankFlowError, match="no gradient on any adapter parameter"):
+        flow.observe()
+
+
+def test_an_optimizer_of_other_parameters_is_refused():
+    _, flow, _ = start(BUDGETS["prune"])
+    stranger = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(SurgeryError, match="does not train the adapter of site 'first'"):
+        flow.step(stranger)
+    assert flow.steps == 0
+
+
+def test_a_closed_engine_watches_no_gradients():
+    model, flow, _ = start(BUDGETS["prune"])
+    assert any(p._post_accumulate_grad_hooks for p in adapter_parameters(model).values())
+    flow.close()
+    assert not any(p._post_accumulate_grad_hooks for p in adapter_parameters(model).values())
+
+
+# The end
+
+
+@pytest.mark.parametrize("stopped", [0, 2, 5, 13])
+def test_finishing_early_meets_the_budget(stopped, use_dora):
+    model, flow, optimizer = start(BUDGETS["prune"], use_dora=use_dora)
+    train(model, flow, optimizer, last=stopped)
+    assert flow.spent > flow.resolved.target
+    event = flow.finish()
+    assert event is flow.history[-1]
+    assert event.step == stopped
+    assert flow.spent == event.spent == recount(model) <= flow.limit == flow.resolved.target
+    assert event.pruned
+    assert not event.born
+    assert flow.finish() is None
+
+
+def test_finishing_below_the_target_changes_nothing():
+    model, flow, optimizer = start(BUDGETS["grow"])
+    train(model, flow, optimizer, last=6)
+    ranks = flow.ranks
+    assert flow.finish() is None
+    assert flow.ranks == ranks
+    assert flow.spent <= flow.limit <= flow.resolved.target
+
+
+def test_the_facts_describe_the_run():
+    model, flow, optimizer = start(BUDGETS["prune"])
+    train(model, flow, optimizer)
+    facts = flow.facts({"accuracy": 0.5})
+    assert (facts.spent, facts.target, facts.steps) == (recount(model), 2 * COMPONENTS, STEPS)
+    assert facts.budget["policy"] == "knapsack"
+    assert facts.metrics == {"accuracy": 0.5}
+
+
+# What is refused before training
+
+
+def test_a_budget_that_is_no_spec_is_refused():
+    with pytest.raises(SpecError, match=r"must be a BudgetSpec, received str; use .*load_budget"):
+        RankFlow(make_model(), "reallocate", STEPS)
+
+
+@pytest.mark.parametrize("steps", [0, -3, 10.0, "10", None])
+def test_a_length_that_is_no_positive_number_of_steps_is_refused(steps):
+    with pytest.raises(BudgetError, match="total_steps must be a positive whole number"):
+        RankFlow(make_model(), BudgetSpec(rank=2), steps)
+
+
+def test_a_model_without_adapter_is_refused():
+    with pytest.raises(SiteError, match=r"received Net; call peft.get_peft_model"):
+        RankFlow(Net(), BudgetSpec(rank=2), STEPS)
+
+
+def test_an_unknown_adapter_is_refused_with_those_that_exist():
+    with pytest.raises(SiteError, match=r"no adapter 'other'; it has \['default'\]"):
+        RankFlow(make_model(), BudgetSpec(rank=2), STEPS, "other")
+
+
+def test_a_frozen_adapter_is_refused():
+    model = make_model()
+    model.requires_grad_(False)
+    with pytest.raises(SiteError, match=r"3 of 3 sites of adapter 'default' are frozen"):
+        RankFlow(model, BudgetSpec(rank=2), STEPS)
+
+
+def test_an_inactive_adapter_is_refused_with_the_remedy():
+    model = make_model()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=TARGETS))
+    with pytest.raises(SiteError, match=r"model.set_adapter\('second'\)"):
+        RankFlow(model, BudgetSpec(rank=2), STEPS, "second")
+
+
+def test_an_initialisation_that_moves_the_base_weight_is_refused():
+    model = make_model(init_lora_weights="pissa")
+    with pytest.raises(SiteError, match="init_lora_weights='pissa', which moves part of the base"):
+        RankFlow(model, BudgetSpec(rank=2), STEPS)
+
+
+def test_an_infeasible_budget_leaves_the_model_as_it_was():
+    model = make_model()
+    with pytest.raises(BudgetError, match="at most"):
+        RankFlow(model, BudgetSpec(rank=50), STEPS)
+    assert ranks_in(model) == {"first": 4, "second": 4, "third": 4}
+
+
+# Several adapters and other trained parts
+
+
+def test_other_adapters_stay_untouched(use_dora):
+    model = make_model(use_dora=use_dora)
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["first", "head"]))
+    for name, parameter in model.named_parameters():
+        if ".second" in name:
+            parameter.data = torch.randn_like(parameter)
+    others = {n: p for n, p in model.named_parameters() if ".default" not in n}
+    before = copy.deepcopy(others)
+    flow = RankFlow(model, BudgetSpec(**BUDGETS["starve"]), STEPS)
+    train(model, flow, make_optimizer(model))
+    after = {n: p for n, p in model.named_parameters() if ".default" not in n}
+    assert after.keys() == before.keys()
+    assert all(after[name] is others[name] for name in others)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model.peft_config["second"].r == 3
+    assert not model.peft_config["second"].rank_pattern
+
+
+def test_the_adapter_that_is_named_is_steered():
+    model = make_model(adapter_name="steered")
+    flow = RankFlow(model, BudgetSpec(**BUDGETS["prune"]), STEPS, "steered")
+    train(model, flow, make_optimizer(model))
+    assert flow.ranks == ranks_in(model, "steered")
+    assert flow.spent == recount(model, "steered") <= 2 * COMPONENTS
+
+
+def test_a_trained_head_is_trained_and_not_counted():
+    model, flow, optimizer = start(BUDGETS["prune"], modules_to_save=["head"])
+    head = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
+    before = copy.deepcopy(head)
+    train(model, flow, optimizer)
+    assert flow.spent == recount(model) <= 2 * COMPONENTS
+    assert head
+    assert all(p.requires_grad and not torch.equal(p, before[n]) for n, p in head.items())
+
+
+def test_a_fraction_is_of_the_base_model_without_adapter_and_trained_head():
+    base = sum(p.numel() for p in Net().parameters())
+    model = make_model(modules_to_save=["head"], use_dora=True)
+    assert base_parameters(model) == base
+    flow = RankFlow(model, BudgetSpec(fraction=0.3), STEPS)
+    assert flow.limit == int(0.3 * base)
+
+
+def test_bytes_follow_the_type_of_the_adapter():
+    for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
+        model = make_model()
+        for parameter in adapter_parameters(model).values():
+            parameter.data = parameter.data.to(dtype)
+        flow = RankFlow(model, BudgetSpec(bytes=480), STEPS)
+        assert flow.limit == 480 // width
+        held = adapter_parameters(model).values()
+        assert {p.dtype for p in held} == {dtype}
+        assert sum(p.numel() * p.element_size() for p in held) <= 480
+
+
+# Kill and resume
+
+
+def resume(folder, saved, budget, **config):
+    """Build everything anew, as in another process, and restore what was saved."""
+    model = make_model(seed=9, **config)
+    flow = RankFlow(model, BudgetSpec(**budget), STEPS, resume=load_state(folder))
+    model.load_state_dict(saved["model"])
+    optimizer = make_optimizer(model)
+    optimizer.load_state_dict(saved["optimizer"])
+    flow.attach(optimizer)
+    return model, flow, optimizer
+
+
+def save(folder, model, flow, optimizer):
+    save_state(flow.state_dict(), folder)
+    return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def check_resumed_run(folder, budget, stopped, **config):
+    model, flow, optimizer = start(budget, **config)
+    train(model, flow, optimizer, last=stopped)
+    saved = save(folder, model, flow, optimizer)
+    train(model, flow, optimizer, first=stopped)
+    resumed, resumed_flow, resumed_optimizer = resume(folder, saved, budget, **config)
+    assert resumed_flow.steps == stopped
+    train(resumed, resumed_flow, resumed_optimizer, first=stopped)
+    assert untimed(resumed_flow.history) == untimed(flow.history)
+    assert resumed_flow.limit == flow.limit
+    expected = adapter_parameters(model)
+    actual = adapter_parameters(resumed)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    return flow
+
+
+@pytest.mark.parametrize("stopped", [0, 3, 4, 5, 9, 22, 33])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(stopped, tmp_path, use_dora):
+    flow = check_resumed_run(tmp_path, BUDGETS["reallocate"], stopped, use_dora=use_dora)
+    assert any(event.born for event in flow.history)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_run_of_every_score_resumes_bit_for_bit(score, tmp_path):
+    check_resumed_run(tmp_path, BUDGETS["reallocate"] | {"score": score}, 14)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_run_of_every_budget_resumes_bit_for_bit(name, tmp_path):
+    check_resumed_run(tmp_path, BUDGETS[name], 18)
+
+
+def test_a_run_with_dead_sites_resumes_bit_for_bit(tmp_path, use_dora):
+    budget = BUDGETS["starve"] | {"rank": 0.5, "start": 1.0, "schedule": "constant"}
+    if use_dora:
+        budget["rank"] = 0.9
+    flow = check_resumed_run(tmp_path, budget, 18, use_dora=use_dora)
+    assert 0 in flow.history[2].ranks.values()
+
+
+def test_young_components_stay_young_through_a_resume(tmp_path):
+    model, flow, optimizer = start(BUDGETS["reallocate"])
+    train(model, flow, optimizer, last=17)
+    assert flow.history[-1].born
+    assert flow.history[-1].step == 16
+    saved = save(tmp_path, model, flow, optimizer)
+    young = flow.state_dict()["young"]
+    assert any(1 in steps for steps in young)
+    _, resumed, _ = resume(tmp_path, saved, BUDGETS["reallocate"])
+    assert resumed.state_dict()["young"] == young
+
+
+def test_a_running_engine_can_be_set_back(use_dora):
+    model, flow, optimizer = start(BUDGETS["reallocate"], use_dora=use_dora)
+    train(model, flow, optimizer, last=18)
+    state, saved = flow.state_dict(), copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, flow, optimizer, first=18)
+    history, parameters = untimed(flow.history), copy.deepcopy(adapter_parameters(model))
+    flow.load_state_dict(state)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, flow, optimizer, first=18)
+    assert untimed(flow.history) == history
+    for name, parameter in adapter_parameters(model).items():
+        assert torch.equal(parameter, parameters[name])
+
+
+def test_a_state_holds_no_reference_to_the_living_engine():
+    model, flow, optimizer = start(BUDGETS["reallocate"])
+    train(model, flow, optimizer, last=10)
+    state = flow.state_dict()
+    before = copy.deepcopy(state)
+    train(model, flow, optimizer, first=10)
+    tensors = state.pop("scorer")
+    expected = before.pop("scorer")
+    assert state == before
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "length", "targets", "message"),
+    [
+        ({"rank": 3}, STEPS, TARGETS, "other budget than this run"),
+        ({}, STEPS + 1, TARGETS, "other total_steps than this run: 40 instead of 41"),
+        ({}, STEPS, ["first", "second"], r"other sites than this run: .*'third'\] instead of"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(changes, length, targets, message, tmp_path):
+    _, flow, _ = start(BUDGETS["prune"])
+    save_state(flow.state_dict(), tmp_path)
+    model = make_model(target_modules=targets)
+    with pytest.raises(CheckpointError, match=message):
+        RankFlow(
+            model, BudgetSpec(**BUDGETS["prune"] | changes), length, resume=load_state(tmp_path)
+        )
+    assert set(ranks_in(model).values()) == {4}
+
+
+def test_an_incomplete_state_is_refused():
+    _, flow, _ = start(BUDGETS["prune"])
+    state = flow.state_dict()
+    del state["total_steps"]
+    with pytest.raises(CheckpointError, match="total_steps"):
+        RankFlow(make_model(), BudgetSpec(**BUDGETS["prune"]), STEPS, resume=state)
