@@ -104,6 +104,21 @@ def inspect(
         console.print(f"\nHeatmap written to {png}", soft_wrap=True)
 
 
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run or a checkpoint.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Write the adapter of a run or of a checkpoint as a stock PEFT folder."""
+    from rankflow.export.folder import export_folder
+
+    folder = export_folder(source, output)
+    Console().print(
+        f"Stock PEFT adapter written to {folder}; its README.md tells how to load it",
+        soft_wrap=True,
+    )
+
+
 @budgets.command("list")
 def list_presets() -> None:
     """List the presets."""

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankflow import surgery
+from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dead import translate_state_dicts
-from rankflow.adapters.sites import Site, find_sites
-from rankflow.adapters.stock import changes_base_weight, sync_config
+from rankflow.adapters.sites import find_sites
+from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.allocation.demand import estimate_demand
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.budgeting import resolve_budget
@@ -33,7 +34,6 @@ from rankflow.errors import (
     BudgetError,
     CheckpointError,
     RankFlowError,
-    SiteError,
     SpecError,
     SurgeryError,
 )
@@ -95,12 +95,12 @@ class RankFlow:
         self.history: list[RankEvent] = []
         self.sinks = list(sinks)
         self._sites = find_sites(model, adapter_name)
-        _check_trainable(model, adapter_name, self._sites)
+        check_trainable(model, adapter_name, self._sites)
         self.resolved = resolve_budget(
             budget,
             [site.describe(*budget.bounds_of(site.name)) for site in self._sites],
             total_steps=total_steps,
-            base_parameters=base_parameters(model),
+            base_parameters=count_base_parameters(model),
             bytes_per_parameter=self._sites[0].A.element_size(),
         )
         for site in self._sites:
@@ -111,6 +111,7 @@ class RankFlow:
         self._demand = np.zeros(len(self._sites))
         self._optimizer: Optimizer | None = None
         self._gradients = StepGradients(self._sites)
+        self._fair_start = FairStart(self._sites)
         if resume is None:
             self._resize_in_place(self.resolved.start_ranks)
         else:
@@ -237,8 +238,9 @@ class RankFlow:
         )
 
     def close(self) -> None:
-        """Remove the hooks that watch gradients; the model trains on at its ranks."""
+        """Remove all hooks on gradients and optimizer; the model trains on at its ranks."""
         self._gradients.close()
+        self._fair_start.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain values and tensors."""
@@ -288,7 +290,7 @@ class RankFlow:
         self._scorer = make_scorer(
             self.budget.score, self._sites, decay=self.budget.decay, seed=self.budget.seed
         )
-        self._fair_start = FairStart(self._sites)
+        self._fair_start.restart()
         self._gradients.watch(self._sites)
         self._optimizer = None
 
@@ -351,22 +353,6 @@ class RankFlow:
                 )
 
 
-def base_parameters(model: PeftModel) -> int:
-    """Count the parameters of the base model, without any adapter or trained head."""
-    base = model.get_base_model()
-    tuned = {id(p) for name, p in base.named_parameters() if _belongs_to_peft(name)}
-    # A 4-bit weight packs two parameters into one element.
-    return sum(
-        p.numel() * (2 if type(p).__name__ == "Params4bit" else 1)
-        for p in base.parameters()
-        if id(p) not in tuned
-    )
-
-
-def _belongs_to_peft(name: str) -> bool:
-    return ".lora_" in name or ".modules_to_save." in name
-
-
 def _check_arguments(budget: BudgetSpec, total_steps: int) -> None:
     if not isinstance(budget, BudgetSpec):
         raise SpecError(
@@ -382,23 +368,6 @@ def _check_arguments(budget: BudgetSpec, total_steps: int) -> None:
         raise RankFlowError(
             f"this version steers one process, and the job has {dist.get_world_size()}; "
             "run it on one device"
-        )
-
-
-def _check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> None:
-    config = model.peft_config[adapter_name]
-    if changes_base_weight(config):
-        raise SiteError(
-            f"adapter {adapter_name!r} was made with init_lora_weights="
-            f"{config.init_lora_weights!r}, which moves part of the base weight into the adapter "
-            "at its first rank; use True or 'gaussian'"
-        )
-    frozen = [site.name for site in sites if not (site.A.requires_grad and site.B.requires_grad)]
-    if frozen:
-        raise SiteError(
-            f"{len(frozen)} of {len(sites)} sites of adapter {adapter_name!r} are frozen, the "
-            f"first is {frozen[0]!r}; activate the adapter with model.set_adapter("
-            f"{adapter_name!r}) and load it with is_trainable=True"
         )
 
 

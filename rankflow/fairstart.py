@@ -25,11 +25,14 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from rankflow.adapters.sites import Site
 from rankflow.records import RankPlan
 
 YOUTH = 30
+
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
 
 
 class FairStart:
@@ -43,12 +46,24 @@ class FairStart:
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self._sites = tuple(sites)
-        self.steps = [[YOUTH] * site.rank for site in sites]
+        self._hook: RemovableHandle | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Take all components that the sites have now for mature."""
+        self.steps = [[YOUTH] * site.rank for site in self._sites]
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Correct this optimizer from now on, if it is of Adam's kind."""
+        """Correct this optimizer from now on, and no other, if it is of Adam's kind."""
+        self.close()
         if isinstance(optimizer, Adam | AdamW):
-            optimizer.register_step_pre_hook(self._before_step)
+            self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    def close(self) -> None:
+        """Leave the optimizer alone."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def follow(self, plan: RankPlan) -> None:
         """Follow the components through a resize; newborns beside survivors become young."""
@@ -58,22 +73,32 @@ class FairStart:
             self.steps[i] = [self.steps[i][j] for j in keep] + [newborn] * int(births)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not any(_young_runs(steps) for steps in self.steps) or _will_skip(optimizer):
+            return
         betas = {
             parameter: group["betas"]
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
         for site, steps in zip(self._sites, self.steps, strict=True):
+            trained = [(p, axis) for p, axis in ((site.A, 0), (site.B, 1)) if p.grad is not None]
+            if not trained:  # Adam does not count this step either
+                continue
             for lived, first, count in _young_runs(steps):
-                for parameter, axis in ((site.A, 0), (site.B, 1)):
-                    if parameter.grad is not None and "step" in optimizer.state.get(parameter, {}):
+                for parameter, axis in trained:
+                    state = optimizer.state.get(parameter, {})
+                    if "step" in state:
                         _correct(
                             parameter.grad.narrow(axis, first, count),
-                            optimizer.state[parameter]["exp_avg"].narrow(axis, first, count),
-                            optimizer.state[parameter]["exp_avg_sq"].narrow(axis, first, count),
-                            shared=_count(optimizer.state[parameter]["step"]) + 1,
+                            {
+                                key: state[key].narrow(axis, first, count)
+                                for key in ("exp_avg", *_SQUARES)
+                                if key in state
+                            },
+                            shared=_count(state["step"]) + 1,
                             lived=lived + 1,
                             betas=betas[parameter],
+                            loss_scale=_loss_scale(optimizer),
                         )
                 steps[first : first + count] = [lived + 1] * count
 
@@ -96,22 +121,36 @@ def _young_runs(steps: Sequence[int]) -> list[tuple[int, int, int]]:
 
 def _correct(
     gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
+    state: dict[str, Tensor],
     *,
     shared: float | Tensor,
     lived: int,
     betas: tuple[float, float],
+    loss_scale: float | Tensor,
 ) -> None:
     """Rescale young components before the step that will be their ``lived``-th."""
     beta1, beta2 = betas
     alpha = _ratio(beta1, shared, lived)
     gamma = _ratio(beta2, shared, lived)
+    for key in _SQUARES:
+        if key in state:
+            state[key].mul_(gamma / _ratio(beta2, shared - 1, lived - 1))
     owed = (1 - beta2) / beta2 * (gamma - alpha**2)
-    square.mul_(gamma / _ratio(beta2, shared - 1, lived - 1))
-    square.add_(gradient.square() * owed)
-    mean.mul_(alpha / _ratio(beta1, shared - 1, lived - 1))
+    state["exp_avg_sq"].add_((gradient / loss_scale).square() * owed)
+    state["exp_avg"].mul_(alpha / _ratio(beta1, shared - 1, lived - 1))
     gradient.mul_(alpha)
+
+
+def _will_skip(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler found an overflow, so that a fused optimizer skips this step."""
+    found = getattr(optimizer, "found_inf", None)  # torch.amp.GradScaler sets it for the step
+    return found is not None and bool(found)
+
+
+def _loss_scale(optimizer: Optimizer) -> float | Tensor:
+    """Return the loss scale that a fused optimizer still has to take off its gradients."""
+    scale = getattr(optimizer, "grad_scale", None)  # set and removed like found_inf
+    return 1.0 if scale is None else scale
 
 
 def _ratio(beta: float, shared: float | Tensor, lived: int) -> float | Tensor:

@@ -40,7 +40,7 @@ class MixedNet(nn.Module):
         self.fan = Conv1D(5, 6)
         self.first = nn.Linear(5, 5)
         self.second = nn.Linear(5, 4, bias=False)
-        self.conv = nn.Conv2d(2, 3, (3, 2), padding=1)
+        self.conv = nn.Conv2d(2, 4, (3, 2), padding=1)
 
     def forward(self, tokens):  # (batch, 4)
         x = torch.tanh(self.fan(self.embed(tokens)))
@@ -109,8 +109,8 @@ LAYERS = {
         kind="conv",
     ),
     "conv2d without bias": LayerCase(
-        lambda: nn.Conv2d(3, 6, 1, bias=False),
-        _features(2, 3, 4, 4),
+        lambda: nn.Conv2d(5, 6, 1, bias=False),
+        _features(2, 5, 4, 4),
         _convolve(functional.conv2d),
         kind="conv",
     ),

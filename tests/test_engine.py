@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers.optimization import Adafactor
 
 from rankflow.checkpoint import load_state, save_state
-from rankflow.engine import RankFlow, base_parameters
+from rankflow.engine import RankFlow
 from rankflow.errors import (
     BudgetError,
     CheckpointError,
@@ -123,6 +123,15 @@ def ranks_in(model, adapter_name="default"):
             assert A.shape[0] == B.shape[1]
             ranks[name] = A.shape[0]
     return ranks
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other cost these tiny tensors twenty times their arithmetic."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # Construction
@@ -256,9 +265,8 @@ def test_every_component_moves_in_the_two_steps_after_every_event(use_dora):
             before = copy.deepcopy(adapter_parameters(model))
         elif flow.history and step == flow.history[-1].step + 1:  # B moves first, A by its help
             for name, parameter in adapter_parameters(model).items():
-                rows = parameter.T if "lora_B" in name else parameter.view(len(parameter), -1)
-                old = before[name].T if "lora_B" in name else before[name].view(len(rows), -1)
-                assert (rows != old).any(dim=1).all(), name
+                new, old = (p.T if "lora_B" in name else p for p in (parameter, before[name]))
+                assert (new != old).view(len(new), new[:1].numel()).any(dim=1).all(), name
     assert born > 0
 
 
@@ -375,11 +383,14 @@ def test_another_seed_gives_newborns_other_directions():
     rows = []
     for seed in (0, 1):
         model, flow, optimizer = start(BUDGETS["grow"] | {"seed": seed})
-        train(model, flow, optimizer, last=4)
-        born = {change.site for change in flow.history[0].born}
-        assert born
-        rows += [model.get_base_model().get_submodule(min(born)).lora_A["default"].weight[-1]]
-    assert not torch.equal(*rows)
+        event = next(
+            e for e in (take_step(model, flow, optimizer, s) for s in range(STEPS)) if e and e.born
+        )
+        born = event.born[0]
+        A = model.get_base_model().get_submodule(born.site).lora_A["default"].weight
+        rows.append((born.site, A[born.component].tolist()))
+    assert rows[0][0] == rows[1][0]
+    assert rows[0][1] != rows[1][1]
 
 
 # Steps
@@ -640,7 +651,6 @@ def test_a_trained_head_is_trained_and_not_counted():
 def test_a_fraction_is_of_the_base_model_without_adapter_and_trained_head():
     base = sum(p.numel() for p in Net().parameters())
     model = make_model(modules_to_save=["head"], use_dora=True)
-    assert base_parameters(model) == base
     flow = RankFlow(model, BudgetSpec(fraction=0.3), STEPS)
     assert flow.limit == int(0.3 * base)
 
@@ -773,11 +783,3 @@ def test_a_state_of_another_run_is_refused(changes, length, targets, message, tm
             model, BudgetSpec(**BUDGETS["prune"] | changes), length, resume=load_state(tmp_path)
         )
     assert set(ranks_in(model).values()) == {4}
-
-
-def test_an_incomplete_state_is_refused():
-    _, flow, _ = start(BUDGETS["prune"])
-    state = flow.state_dict()
-    del state["total_steps"]
-    with pytest.raises(CheckpointError, match="total_steps"):
-        RankFlow(make_model(), BudgetSpec(**BUDGETS["prune"]), STEPS, resume=state)

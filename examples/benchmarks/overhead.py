@@ -29,9 +29,7 @@ class Run:
     """One model under one score."""
 
     def __init__(self, score: str) -> None:
-        base = AutoModelForTokenClassification.from_pretrained(
-            get_model_path(), num_labels=CLASSES
-        )
+        base = AutoModelForTokenClassification.from_pretrained(get_model_path(), num_labels=CLASSES)
         config = LoraConfig(r=6, use_dora=True, target_modules="all-linear")
         self.model = get_peft_model(base, config)
         # An event after every second step, so that both kinds of step are seen.

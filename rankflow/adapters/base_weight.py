@@ -1,6 +1,7 @@
 """The frozen weight under an adapter, seen in the same orientation for every kind of layer."""
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -38,3 +39,13 @@ def over_rows(layer: LoraLayer, vector: Tensor) -> Tensor:
     shape = [1] * layer.get_base_layer().weight.ndim
     shape[output_axis(layer)] = -1
     return vector.view(shape)
+
+
+def count_base_parameters(model: PeftModel) -> int:
+    """Count the parameters of the base model, without adapters and trained heads."""
+    return sum(
+        # A 4-bit weight packs two parameters into one element.
+        parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        for name, parameter in model.get_base_model().named_parameters()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    )

@@ -103,7 +103,7 @@ def _on_load(
     adapter_name: str, module: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
     """Give a dead site its empty tensors again, where the state dict holds ``_on_save``'s."""
-    for key, parameter, _ in _empty_factors(module, adapter_name, prefix):
+    for key, parameter, _axis in _empty_factors(module, adapter_name, prefix):
         stored = state_dict.get(key)
         if stored is None or not torch.any(stored):
             state_dict[key] = parameter.detach().clone()

@@ -7,16 +7,32 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from rankflow.adapters.sites import Site
+from rankflow.errors import SiteError
 
 # These initialisations move part of the base weight into the adapter, so they would move another
 # part when the adapter is loaded at other ranks.
 _INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
-def changes_base_weight(config: LoraConfig) -> bool:
-    """Whether an adapter's initialisation also changes the base weights."""
-    init = config.init_lora_weights
-    return isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE)
+def check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> None:
+    """Check that an adapter trains, and that the base weights do not depend on its rank.
+
+    Raises:
+        SiteError: The adapter is frozen, or its initialisation changed the base weights.
+    """
+    init = model.peft_config[adapter_name].init_lora_weights
+    if isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE):
+        raise SiteError(
+            f"adapter {adapter_name!r} was made with init_lora_weights={init!r}, which moves part "
+            "of the base weight into the adapter at its first rank; use True or 'gaussian'"
+        )
+    frozen = [site.name for site in sites if not (site.A.requires_grad and site.B.requires_grad)]
+    if frozen:
+        raise SiteError(
+            f"{len(frozen)} of {len(sites)} sites of adapter {adapter_name!r} are frozen, the "
+            f"first is {frozen[0]!r}; activate the adapter with model.set_adapter("
+            f"{adapter_name!r}) and load it with is_trainable=True"
+        )
 
 
 def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> None:

@@ -1,6 +1,7 @@
 """Export an adapter that stock PEFT loads, with the outputs of the model in memory."""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +18,10 @@ from rankflow.adapters.stock import sync_config
 from rankflow.durable import new_folder
 from rankflow.errors import ExportError
 from rankflow.export.card import AdapterFacts, write_card
+from rankflow.export.inspect import CONFIG, WEIGHTS
 
-FACTS_FILE = "rankflow.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+FACTS = "rankflow.json"
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 def export_adapter(
@@ -49,30 +51,62 @@ def export_adapter(
             else, or what was written does not read back.
         SiteError: The model has no such adapter.
     """
-    path = Path(path)
     sites = find_sites(model, adapter_name)
-    _check_target(path)
     _check_sites(sites, adapter_name)
     for site in sites:
         translate_state_dicts(site.layer, adapter_name)
     sync_config(model, adapter_name, sites)
-    tensors = _tensors(model, adapter_name)
-    _check_finite(tensors)
+    return write_adapter(
+        Path(path),
+        get_peft_model_state_dict(model, adapter_name=adapter_name),
+        save_config=lambda folder: _save_stock(model, adapter_name, folder),
+        ranks={site.name: site.rank for site in sites},
+        base_model=model.peft_config[adapter_name].base_model_name_or_path or "",
+        facts=facts,
+    )
+
+
+def write_adapter(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    save_config: Callable[[Path], object],
+    ranks: Mapping[str, int],
+    base_model: str,
+    facts: AdapterFacts | None,
+) -> Path:
+    """Write the folder of an adapter and check it, wholly or not at all.
+
+    Args:
+        path: The folder to write.
+        tensors: The adapter's state dict as PEFT saves it.
+        save_config: Writes ``adapter_config.json`` into the folder that it is given.
+        ranks: Rank of each site, by site name.
+        base_model: Name or path of the base model; may be empty.
+        facts: What the run knows of the adapter.
+
+    Raises:
+        ExportError: A weight is not finite, the folder holds something else, or what was written
+            does not read back.
+    """
+    _check_target(path)
+    stored = _with_full_names(tensors)
+    _check_finite(stored)
     with new_folder(path) as folder:
-        _save_stock(model, adapter_name, folder)
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        _check_written(folder / WEIGHTS_FILE, tensors)
-        _write_own_files(model, adapter_name, sites, facts, folder)
+        save_config(folder)
+        save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+        _check_written(folder / WEIGHTS, stored)
+        is_dora = any(_MAGNITUDE in key for key in stored)
+        card = write_card(ranks, base_model=base_model, is_dora=is_dora, facts=facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        own = {
+            "rankflow": version("rankflow"),
+            "ranks": dict(ranks),
+            "stored_parameters": sum(t.numel() for k, t in stored.items() if ".lora_" in k),
+            "run": None if facts is None else asdict(facts),
+        }
+        (folder / FACTS).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def _check_target(path: Path) -> None:
-    if path.is_dir() and any(path.iterdir()) and not (path / "adapter_config.json").is_file():
-        raise ExportError(
-            f"{path} exists and holds no adapter, so it is not replaced; choose another folder"
-        )
-    if path.is_file():
-        raise ExportError(f"{path} is a file, and an adapter is a folder; choose another path")
 
 
 def _check_sites(sites: tuple[Site, ...], adapter_name: str) -> None:
@@ -83,22 +117,28 @@ def _check_sites(sites: tuple[Site, ...], adapter_name: str) -> None:
         )
 
 
-def _tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """Return the adapter by its stored names.
+def _check_target(path: Path) -> None:
+    if path.is_file():
+        raise ExportError(f"{path} is a file, and an adapter is a folder; choose another path")
+    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():
+        raise ExportError(
+            f"{path} exists and holds no adapter, so it is not replaced; choose another folder"
+        )
 
-    PEFT drops the last part of a magnitude's name. With it PEFT and diffusers load the same, and
-    transformers loads the magnitude too, which it otherwise leaves out.
+
+def _with_full_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put back the last part of a magnitude's name, which PEFT drops.
+
+    PEFT and diffusers load both names; transformers loads only the full one, and would leave the
+    magnitude out with no more than a warning.
     """
-    stored = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {
-        f"{key}.weight" if key.endswith("lora_magnitude_vector") else key: tensor.detach()
-        .contiguous()
-        .cpu()
-        for key, tensor in stored.items()
+        f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor.detach().contiguous().cpu()
+        for key, tensor in tensors.items()
     }
 
 
-def _check_finite(tensors: dict[str, Tensor]) -> None:
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ExportError(
@@ -117,35 +157,13 @@ def _save_stock(model: PeftModel, adapter_name: str, folder: Path) -> None:
         nested.rmdir()
 
 
-def _check_written(file: Path, tensors: dict[str, Tensor]) -> None:
+def _check_written(file: Path, tensors: Mapping[str, Tensor]) -> None:
     written = load_file(file)
-    if written.keys() != tensors.keys():
-        different = sorted(written.keys() ^ tensors.keys())
-        raise ExportError(f"the file written differs from the model in {different[0]!r}")
-    for key, tensor in tensors.items():
-        if not torch.equal(written[key], tensor):
-            raise ExportError(f"the file written differs from the model in {key!r}")
-
-
-def _write_own_files(
-    model: PeftModel,
-    adapter_name: str,
-    sites: tuple[Site, ...],
-    facts: AdapterFacts | None,
-    folder: Path,
-) -> None:
-    ranks = {site.name: site.rank for site in sites}
-    card = write_card(
-        ranks,
-        base_model=model.peft_config[adapter_name].base_model_name_or_path or "",
-        is_dora=any(site.magnitude is not None for site in sites),
-        facts=facts,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    own = {
-        "rankflow": version("rankflow"),
-        "ranks": ranks,
-        "trained_parameters": sum(site.parameters for site in sites),
-        "run": None if facts is None else asdict(facts),
-    }
-    (folder / FACTS_FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+    different = sorted(written.keys() ^ tensors.keys()) or [
+        key for key, tensor in tensors.items() if not torch.equal(written[key], tensor)
+    ]
+    if different:
+        raise ExportError(
+            f"what was written differs from the model in {different[0]!r}; the disk or the file "
+            "system is at fault: export again, elsewhere"
+        )

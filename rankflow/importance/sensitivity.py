@@ -96,10 +96,10 @@ def _move(state: list[Tensor], old: Rows, new: Rows, sources: Tensor) -> list[Te
     """Carry stacked per-entry state to the components' new places."""
     moved = []
     first_old, first_new = 0, 0
-    for part, width, rank in zip(old.split(state), new.widths, new.ranks, strict=True):
+    for part, rank in zip(old.split(state), new.ranks, strict=True):
         indices = sources[first_new : first_new + rank].to(part.device)
         local = torch.where(indices >= 0, indices - first_old, -1)
-        moved.append(follow(part, local) if len(part) else part.new_zeros((rank, width)))
+        moved.append(follow(part, local))
         first_old += len(part)
         first_new += rank
     return new.join(moved)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
 
 from rankflow.errors import SpecError
 from rankflow.specs.run import ModelSpec
@@ -21,13 +22,22 @@ def add_adapter(base: BaseModel, spec: ModelSpec, adapter: Mapping[str, Any]) ->
     Raises:
         SpecError: PEFT refuses the adapter, e.g. because no module has a target's name.
     """
-    kept = {*(adapter.get("modules_to_save") or ()), *base.full_modules}
-    settings = {**adapter, "modules_to_save": sorted(kept) or None}
+    full = {*(adapter.get("modules_to_save") or ()), *base.full_modules}
+    config = LoraConfig(
+        task_type=_task_type(spec), **{**adapter, "modules_to_save": sorted(full) or None}
+    )
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in base.model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     try:
-        config = LoraConfig(task_type=_task_type(spec), **settings)
         return get_peft_model(base.model, config)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"[adapter]: {error}") from error
+        raise SpecError(
+            f"[adapter] target_modules = {adapter.get('target_modules')!r}: {error} The linear "
+            f"modules of '{spec.name}' are called {', '.join(sorted(linear))}"
+        ) from error
 
 
 def _task_type(spec: ModelSpec) -> TaskType:

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainingArguments
 
+from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.sites import find_sites
 from rankflow.allocation.policies import feasible_range
 from rankflow.budgeting import ResolvedBudget, resolve_budget
-from rankflow.engine import base_parameters
 from rankflow.records import SiteInfo
 from rankflow.report.layout import parse_site
 from rankflow.specs.run import RunSpec
@@ -104,7 +104,7 @@ def make_plan(spec: RunSpec) -> RunPlan:
         spec.budget,
         [site.describe(*spec.budget.bounds_of(site.name)) for site in sites],
         total_steps=steps,
-        base_parameters=base_parameters(model),
+        base_parameters=count_base_parameters(model),
         bytes_per_parameter=sites[0].A.element_size(),
     )
     scheduler = budget.scheduler
@@ -112,7 +112,7 @@ def make_plan(spec: RunSpec) -> RunPlan:
     head = _trainable(model) - sum(site.parameters for site in sites)
     return RunPlan(
         sites=budget.sites,
-        base=base_parameters(model),
+        base=count_base_parameters(model),
         head=head,
         steps=steps,
         target=budget.target,

@@ -50,7 +50,9 @@ def train(spec: RunSpec, *, console: Console) -> RunResult:
         if args.resume_from_checkpoint is None:
             aside = start_folder(folder, spec)
             if aside is not None:
-                console.print(f"output      an earlier run moved to {aside}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"output      an earlier run moved to {aside}", highlight=False, soft_wrap=True
+                )
         trainer = make_trainer(spec, job, args)
         baseline = job.baseline or _measure_base_model(trainer, job)
         _train_under_bar(trainer, console)

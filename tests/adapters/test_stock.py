@@ -8,7 +8,8 @@ from torch import nn
 
 from rankflow.adapters.dead import translate_state_dicts
 from rankflow.adapters.sites import find_sites
-from rankflow.adapters.stock import changes_base_weight, sync_config
+from rankflow.adapters.stock import check_trainable, sync_config
+from rankflow.errors import SiteError
 
 
 class Nested(nn.Module):
@@ -213,4 +214,23 @@ def test_initialisations_that_move_the_base_weight_are_known(init, moves):
     config = peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=init)
     model = peft.get_peft_model(base, config)
     moved = not torch.equal(model.base_model.model.layer.base_layer.weight, before)
-    assert changes_base_weight(config) == moved == moves
+    assert moved == moves
+    sites = find_sites(model)
+    if not moves:
+        check_trainable(model, "default", sites)
+        return
+    with pytest.raises(
+        SiteError, match=f"init_lora_weights='{init}', which moves part of the base"
+    ):
+        check_trainable(model, "default", sites)
+
+
+def test_a_frozen_adapter_is_refused_by_the_name_of_its_first_frozen_site(adapt):
+    model = adapt(Nested(), target_modules=["proj"])
+    adapt(None, onto=model, adapter="other", target_modules=["proj"])
+    model.set_adapter("other")
+    with pytest.raises(
+        SiteError, match=r"3 of 3 sites of adapter 'default' are frozen.*'proj'.*set_a"
+    ):
+        check_trainable(model, "default", find_sites(model, "default"))
+    check_trainable(model, "other", find_sites(model, "other"))

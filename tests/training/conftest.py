@@ -72,7 +72,12 @@ def bert_folder(tmp_path):
     """A tiny encoder without a task head, as MiniLM is."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(WORDS), intermediate_size=32, max_position_embeddings=32, **SIZES
+        vocab_size=len(WORDS),
+        intermediate_size=32,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **SIZES,
     )
     return save_model(tmp_path / "bert", BertModel(config))
 

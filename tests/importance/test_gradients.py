@@ -1,0 +1,153 @@
+import pytest
+import torch
+from torch import nn
+
+from rankflow.errors import RankFlowError
+
+
+def parameters(steered):
+    return [p for p in steered.model.parameters() if p.requires_grad]
+
+
+def test_a_step_without_gradients_is_an_error_that_says_where_to_call(steer, watch):
+    steered = steer()
+    gradients = watch(steered.sites)
+    with pytest.raises(RankFlowError, match=r"no gradient on any adapter.*after loss.backward\(\)"):
+        gradients.accept()
+    steered.backward(0)
+    assert gradients.accept()
+    steered.model.zero_grad(set_to_none=True)
+    with pytest.raises(RankFlowError, match="adapter active and its parameters trainable"):
+        gradients.accept()
+
+
+def test_gradients_of_other_parameters_do_not_count(steer, watch):
+    steered = steer()
+    gradients = watch(steered.sites)
+    steered.model.base_model.model.first.base_layer.weight.grad = torch.ones(5, 5).double()
+    with pytest.raises(RankFlowError, match="no gradient"):
+        gradients.accept()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["A", "B", "magnitude"])
+def test_one_bad_number_anywhere_refuses_the_step(value, where, steer, watch):
+    steered = steer(use_dora=True)
+    gradients = watch(steered.sites)
+    for site in steered.sites:
+        parameter = getattr(site, where)
+        if parameter.numel() == 0:
+            continue
+        steered.backward(0)
+        assert gradients.accept()
+        parameter.grad.view(-1)[-1] = value
+        assert not gradients.accept()
+
+
+def test_the_magnitude_of_a_dead_site_is_watched(steer, watch):
+    steered = steer(use_dora=True)
+    gradients = watch(steered.sites)
+    steered.backward(0)
+    steered.sites[1].magnitude.grad[0] = float("nan")
+    assert steered.sites[1].rank == 0
+    assert not gradients.accept()
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.37, 1e-6, 12.0])
+def test_one_factor_on_all_gradients_is_read_off(factor, steer, watch):
+    steered = steer()
+    gradients = watch(steered.sites)
+    steered.backward(0)
+    for p in parameters(steered):
+        if p.grad is not None:
+            p.grad *= factor
+    assert gradients.unclip(1.0).item() == pytest.approx(1 / factor, rel=1e-6)
+
+
+def test_clipping_is_read_off_the_whole_accumulated_gradient(steer, watch):
+    steered = steer()
+    gradients = watch(steered.sites)
+    steered.model.zero_grad(set_to_none=True)
+    for step in range(3):
+        steered.loss(steered.batch(step)).backward()
+    norm = nn.utils.clip_grad_norm_(parameters(steered), 1e-3)
+    assert gradients.unclip(1.0).item() == pytest.approx(norm.item() / 1e-3, rel=1e-3)
+    # (clip_grad_norm_ divides by the norm plus 1e-6.)
+
+
+def test_the_factor_is_read_afresh_at_every_step(steer, watch):
+    steered = steer()
+    gradients = watch(steered.sites)
+    for step, factor in enumerate((0.5, 1.0, 0.125)):
+        steered.backward(step)
+        for p in parameters(steered):
+            p.grad = None if p.grad is None else p.grad * factor
+        assert gradients.unclip(1.0).item() == pytest.approx(1 / factor, rel=1e-6)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_loss_scale_that_is_off_again_is_not_taken_for_clipping(as_tensor, steer, watch):
+    steered = steer()
+    gradients = watch(steered.sites)
+    steered.backward(0, scale=1024.0)
+    for p in parameters(steered):
+        p.grad = None if p.grad is None else p.grad / 1024 * 0.25
+    scale = torch.tensor(1024.0) if as_tensor else 1024.0
+    assert gradients.unclip(scale).item() == pytest.approx(4, rel=1e-6)
+
+
+def test_zero_gradients_need_no_factor(steer, watch):
+    steered = steer()
+    gradients = watch(steered.sites)
+    steered.backward(0, scale=0.0)
+    assert gradients.unclip(1.0) == 1
+
+
+def test_gradients_that_no_backward_made_need_no_factor(steer, watch):
+    steered = steer()
+    gradients = watch(steered.sites)
+    for p in parameters(steered):
+        p.grad = torch.ones_like(p)
+    assert gradients.unclip(1.0) == 1
+
+
+def test_parameters_are_watched_again_after_a_resize(steer, watch, change_ranks):
+    steered = steer()
+    gradients = watch(steered.sites)
+    for site in steered.sites:
+        change_ranks(site, 2)
+    gradients.watch(steered.sites)
+    steered.backward(0)
+    for p in parameters(steered):
+        p.grad = None if p.grad is None else p.grad * 0.5
+    assert gradients.accept()
+    assert gradients.unclip(1.0).item() == pytest.approx(2, rel=1e-6)
+
+
+def test_a_closed_watcher_leaves_no_hook(steer, watch):
+    steered = steer()
+    gradients = watch(steered.sites)
+
+    def hooked():
+        return [p for s in steered.sites for p in (s.A, s.B) if p._post_accumulate_grad_hooks]
+
+    assert hooked()
+    gradients.close()
+    assert not hooked()
+    steered.backward(0)
+    assert gradients.unclip(1.0) == 1
+
+
+def test_a_model_of_dead_lora_sites_has_nothing_to_observe(steer, watch):
+    steered = steer(ranks=dict.fromkeys(("embed", "fan", "first", "second", "conv"), 0))
+    with pytest.raises(RankFlowError, match="no gradient"):
+        watch(steered.sites).accept()
+
+
+def test_a_model_of_dead_dora_sites_is_judged_by_its_magnitudes(steer, watch):
+    ranks = dict.fromkeys(("embed", "fan", "first", "second", "conv"), 0)
+    steered = steer(use_dora=True, ranks=ranks)
+    gradients = watch(steered.sites)
+    steered.backward(0)
+    assert gradients.accept()
+    assert gradients.unclip(1.0) == 1

@@ -1,0 +1,139 @@
+import io
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from peft import get_peft_model_state_dict
+from rich.console import Console
+from transformers import Trainer, TrainingArguments
+
+from rankflow.errors import BudgetError
+from rankflow.specs.run import load_run
+from rankflow.training.models import load_base_model
+from rankflow.training.plan import count_steps, plan_run
+from rankflow.training.run import train
+
+RUN = """
+name = "trial"
+
+[model]
+name = "{model}"
+task = "sequence-classification"
+pooling = "mean"
+
+[data]
+train = "{rows}"
+max_length = 16
+
+[adapter]
+use_dora = true
+
+[budget]
+rank = 3
+start = 1.5
+schedule = "cubic"
+every = 3
+
+[train]
+output_dir = "{folder}"
+max_steps = 20
+use_cpu = true
+save_strategy = "no"
+report_to = "none"
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path, write_rows, sentiment_rows, bert_folder):
+    path = tmp_path / "run.toml"
+    rows = write_rows("rows.jsonl", sentiment_rows)
+    path.write_text(RUN.format(model=bert_folder, rows=rows, folder=tmp_path / "out"))
+    return path
+
+
+def plan(path, *overrides):
+    console = Console(record=True, width=100, file=io.StringIO())
+    return plan_run(load_run(path, overrides), console=console), console.export_text()
+
+
+def test_the_plan_is_what_training_then_does(run_file):
+    planned, _ = plan(run_file)
+    done = train(load_run(run_file), console=Console(file=io.StringIO()))
+    assert {site.name for site in planned.sites} == set(done.ranks)
+    assert (planned.target, planned.head) == (done.target, done.head)
+    assert len(planned.events) == done.events
+    assert planned.events[-1][1] == done.target
+
+
+def test_planning_needs_no_weights(run_file, bert_folder):
+    (Path(bert_folder) / "model.safetensors").unlink()
+    planned, _ = plan(run_file)
+    assert len(planned.sites) == 12
+
+
+def test_planning_writes_nothing(run_file, tmp_path):
+    before = sorted(p.name for p in tmp_path.iterdir())
+    plan(run_file)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "datasets") == before
+
+
+def test_memory_counts_the_base_and_four_copies_of_what_trains(run_file):
+    planned, _ = plan(run_file)
+    memory = planned.memory
+    trained = 4 * (planned.start + planned.head)
+    assert memory.adapter == memory.gradients == trained
+    assert memory.optimizer == 2 * trained
+    assert memory.total == memory.weights + 4 * trained
+    half, _ = plan(run_file, "model.dtype=bfloat16")
+    assert half.memory.weights == memory.weights // 2
+
+
+def test_a_budget_out_of_reach_is_refused_with_the_feasible_range(run_file):
+    planned, _ = plan(run_file)
+    with pytest.raises(BudgetError, match=rf"at most {planned.feasible[1]:,}"):
+        plan(run_file, f"budget.params={planned.feasible[1] + 1}", "budget.start=1")
+
+
+def test_a_budget_that_never_moves_has_no_events(run_file):
+    fixed = ("budget.schedule=constant", "budget.start=1", "budget.policy=uniform")
+    planned, printed = plan(run_file, *fixed)
+    assert planned.events == ()
+    assert "with 0 reallocations" in printed
+
+
+def test_the_print_shows_sites_costs_budgets_events_and_memory(run_file):
+    planned, printed = plan(run_file)
+    assert "bert.encoder.layer.*.attention.self.query" in printed
+    assert f"{planned.start:,} parameters at first, {planned.target:,} at the end" in printed
+    assert f"{planned.feasible[0]:,} to {planned.feasible[1]:,}" in printed
+    step, limit = planned.events[0]
+    assert f"{step}" in printed
+    assert f"{limit:,}" in printed
+    assert "beside activations" in printed
+
+
+@pytest.mark.parametrize("rows", [7, 8])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_steps_are_counted_as_the_trainer_counts_them(
+    rows, accumulate, drop_last, bert_folder, tmp_path
+):
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        num_train_epochs=2.5,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulate,
+        dataloader_drop_last=drop_last,
+        use_cpu=True,
+    )
+    data = Dataset.from_dict({"input_ids": [[2, 3]] * rows})
+    trainer = Trainer(model=_model(bert_folder), args=args, train_dataset=data)
+    loader = trainer.get_train_dataloader()
+    steps = trainer.set_initial_training_values(args, loader)[-1]
+    assert count_steps(data, args) == steps
+
+
+def _model(folder):
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder)
