@@ -1,0 +1,43 @@
+"""Every example runs, and says what it promises."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from rankflow.specs.run import load_run
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def _run(name: str) -> None:
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_the_custom_loop_ends_as_a_stock_adapter_of_equal_outputs(capsys):
+    _run("custom_loop.py")
+    out = capsys.readouterr().out
+    assert out.count("pruned") > 5
+    difference = float(out.split("differs by at most")[1])
+    assert difference <= 1e-5
+
+
+def test_the_callback_prunes_a_trainers_model_to_its_budget(capsys):
+    _run("trainer_callback.py")
+    first = next(line for line in capsys.readouterr().out.splitlines() if "reallocations" in line)
+    events, rest = first.split(" reallocations, ")
+    spent, limit = (int(n.replace(",", "")) for n in rest.split(" parameters")[0].split(" of "))
+    assert int(events) > 3
+    assert spent <= limit
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXAMPLES.rglob("*.toml")), ids=lambda path: path.parent.name
+)
+def test_every_run_spec_loads(path):
+    assert load_run(path).budget.target
+
+
+def test_no_example_is_longer_than_120_lines():
+    long = [p.name for p in EXAMPLES.glob("*.py") if len(p.read_text().splitlines()) > 120]
+    assert long == []
