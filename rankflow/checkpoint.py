@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from rankflow.errors import CheckpointError
 
 STATE_FILE = "rankflow_state.safetensors"
+SCHEMA = 1
 
 
 def save_state(state: dict[str, Any], folder: str | Path) -> Path:
@@ -26,7 +27,7 @@ def save_state(state: dict[str, Any], folder: str | Path) -> Path:
     path = Path(folder) / STATE_FILE
     temporary = path.with_name(f".{path.name}.part")
     tensors = {key: tensor.contiguous().cpu() for key, tensor in state["scorer"].items()}
-    values = {key: value for key, value in state.items() if key != "scorer"}
+    values = {"schema": SCHEMA} | {key: v for key, v in state.items() if key != "scorer"}
     save_file(tensors, temporary, metadata={"state": json.dumps(values)})
     os.replace(temporary, path)
     return path
@@ -50,10 +51,16 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             state: dict[str, Any] = json.loads(file.metadata()["state"])
+            schema = state.pop("schema")
             # The handle has keys() and no iterator.
             state["scorer"] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); resume from an older checkpoint"
         ) from error
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"{path} has schema {schema!r} and this version reads {SCHEMA}; resume with the "
+            "version of RankFlow that wrote it"
+        )
     return state

@@ -197,7 +197,8 @@ class RankFlow:
             optimizer: The optimizer that trains the adapter.
 
         Raises:
-            SurgeryError: The optimizer does not train the adapter.
+            SurgeryError: The optimizer does not train the adapter, or has trained it at other
+                ranks.
         """
         inner = _unwrap(optimizer)
         if inner is self._optimizer:
@@ -209,6 +210,7 @@ class RankFlow:
                     f"the optimizer does not train the adapter of site {site.name!r}; build it "
                     "from the model's trainable parameters, and pass flow.step() that optimizer"
                 )
+            surgery.check_state(site, inner)
         self._optimizer = inner
         self._fair_start.attach(inner)
 

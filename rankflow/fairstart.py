@@ -81,15 +81,16 @@ class FairStart:
             for parameter in group["params"]
         }
         for site, steps in zip(self._sites, self.steps, strict=True):
-            trained = [(p, axis) for p, axis in ((site.A, 0), (site.B, 1)) if p.grad is not None]
+            factors = ((site.A, 0), (site.B, 1))
+            trained = [(p, p.grad, axis) for p, axis in factors if p.grad is not None]
             if not trained:  # Adam does not count this step either
                 continue
             for lived, first, count in _young_runs(steps):
-                for parameter, axis in trained:
+                for parameter, gradient, axis in trained:
                     state = optimizer.state.get(parameter, {})
                     if "step" in state:
                         _correct(
-                            parameter.grad.narrow(axis, first, count),
+                            gradient.narrow(axis, first, count),
                             {
                                 key: state[key].narrow(axis, first, count)
                                 for key in ("exp_avg", *_SQUARES)

@@ -97,6 +97,30 @@ def resize_in_place(sites: Sequence[Site], plan: RankPlan, generator: torch.Gene
         site.install(A, B)
 
 
+def check_state(site: Site, optimizer: Optimizer) -> None:
+    """Check that the optimizer's state has the shapes of the site's factors.
+
+    A fused optimizer does not check them, and would write beyond the state's memory.
+
+    Args:
+        site: The site.
+        optimizer: The optimizer that trains it.
+
+    Raises:
+        SurgeryError: The optimizer has taken steps while the site had another rank.
+    """
+    for parameter in (site.A, site.B):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            is_whole = isinstance(value, Tensor) and value.ndim > 0 and key not in _FACTORED
+            if is_whole and value.numel() > 1 and value.shape != parameter.shape:
+                raise SurgeryError(
+                    f"the optimizer has trained site {site.name!r} at another rank: its state "
+                    f"{key!r} has shape {tuple(value.shape)}, and the parameter "
+                    f"{tuple(parameter.shape)}; begin with a new optimizer, and in a Trainer with "
+                    "a new Trainer"
+                )
+
+
 def _check_plan(sites: Sequence[Site], plan: RankPlan) -> None:
     if not len(sites) == len(plan.keep) == len(plan.births):
         raise SurgeryError(

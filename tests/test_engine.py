@@ -1,6 +1,5 @@
 import copy
 from dataclasses import replace
-from itertools import pairwise
 
 import peft
 import pytest
@@ -37,6 +36,7 @@ BUDGETS = {
     "uniform": MOVES | {"policy": "uniform", "start": 1.75, "schedule": "step", "stages": 3},
     "random": MOVES | {"policy": "random", "start": 1.75, "schedule": "linear"},
 }
+CHURN = {"every": 1, "recycle": 1.0, "score": "random", "hysteresis": 0.0, "protect": 0}
 SCORES = ["frobenius", "norm", "sensitivity", "taylor", "fisher", "random", "uniform"]
 
 
@@ -223,6 +223,7 @@ def test_every_score_steers_within_the_budget(score, use_dora):
     ("kind", "settings"),
     [
         (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.AdamW, {"fused": True}),
         (torch.optim.Adam, {"amsgrad": True}),
         (torch.optim.Adafactor, {}),
         (Adafactor, {"scale_parameter": False, "relative_step": False}),
@@ -311,18 +312,22 @@ def test_a_dead_site_comes_back_to_life():
     model, flow, optimizer = start(
         BUDGETS["starve"] | {"score": "random", "hysteresis": 0.0, "protect": 0, "recycle": 1.0}
     )
-    seen = [flow.ranks]
-    for step in range(STEPS):
-        if take_step(model, flow, optimizer, step) is not None:
-            seen.append(flow.ranks)
-    revived = [
-        site
-        for before, after in pairwise(seen)
-        for site in after
-        if before[site] == 0 and after[site] > 0
-    ]
-    assert revived
+    train(model, flow, optimizer)
+    assert any(
+        event.ranks_before[site] == 0 and rank > 0
+        for event in flow.history
+        for site, rank in event.ranks.items()
+    )
     assert flow.spent == recount(model) <= flow.limit
+
+
+@pytest.mark.parametrize(("protect", "all_live"), [(99, True), (0, False)])
+def test_newborns_live_on_as_long_as_they_are_protected(protect, all_live):
+    model, flow, optimizer = start(BUDGETS["reallocate"] | CHURN | {"protect": protect})
+    train(model, flow, optimizer)
+    born = [change.site for event in flow.history for change in event.born]
+    assert born
+    assert all(flow.ranks[site] >= born.count(site) for site in born) is all_live
 
 
 # Events as a record
@@ -783,3 +788,16 @@ def test_a_state_of_another_run_is_refused(changes, length, targets, message, tm
             model, BudgetSpec(**BUDGETS["prune"] | changes), length, resume=load_state(tmp_path)
         )
     assert set(ranks_in(model).values()) == {4}
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}])
+def test_an_optimizer_that_trained_at_other_ranks_is_refused_before_it_steps(settings):
+    model, flow, optimizer = start(BUDGETS["prune"])
+    train(model, flow, optimizer, last=10)
+    assert flow.ranks["second"] == 2
+    fresh = make_model()
+    untrained = RankFlow(fresh, BudgetSpec(rank=3), STEPS)
+    other = make_optimizer(fresh, **settings)
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(SurgeryError, match=r"has trained site '[a-z]+' at another rank: its state"):
+        untrained.attach(other)

@@ -80,10 +80,15 @@ class DeadVariant(LoraVariant):
 def translate_state_dicts(layer: LoraLayer, adapter_name: str) -> None:
     """Register hooks that translate a dead site between the live model and a state dict.
 
-    They do nothing while the site has components.
+    They do nothing while the site has components, and are registered once.
     """
-    layer.register_state_dict_post_hook(partial(_on_save, adapter_name))
-    layer.register_load_state_dict_pre_hook(partial(_on_load, adapter_name))
+    if not any(_is_translator(hook, adapter_name) for hook in layer._state_dict_hooks.values()):
+        layer.register_state_dict_post_hook(partial(_on_save, adapter_name))
+        layer.register_load_state_dict_pre_hook(partial(_on_load, adapter_name))
+
+
+def _is_translator(hook: Any, adapter_name: str) -> bool:
+    return isinstance(hook, partial) and hook.func is _on_save and hook.args == (adapter_name,)
 
 
 def _on_save(

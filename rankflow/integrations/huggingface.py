@@ -14,6 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankflow.checkpoint import load_state, save_state
@@ -32,13 +33,17 @@ Sink = Callable[[RankEvent], None]
 class RankFlowCallback(TrainerCallback):
     """Steers the ranks of the model that a Trainer trains.
 
-    Works with any Trainer that trains a ``PeftModel`` with a LoRA or DoRA adapter, TRL's too.
+    Works with any Trainer that trains a ``PeftModel`` with a LoRA or DoRA adapter, TRL's too. To
+    resume a run, or to load the best model at its end, ranks must change before weights are
+    loaded: only ``RankFlowTrainer`` does so, and under another Trainer both are refused.
 
     Args:
         budget: The budget, from ``load_budget``.
         adapter_name: The adapter to steer.
         sinks: Called with every event; None writes ``events.jsonl`` into the output folder, and
             scalars and heatmaps beside it if the Trainer reports to TensorBoard.
+        follows_loads: Whether the Trainer brings the model to a checkpoint's ranks before it loads
+            the weights, as ``RankFlowTrainer`` does.
 
     Attributes:
         flow: The engine, once training has begun.
@@ -50,11 +55,14 @@ class RankFlowCallback(TrainerCallback):
         adapter_name: str = "default",
         *,
         sinks: Sequence[Sink] | None = None,
+        follows_loads: bool = False,
     ) -> None:
         self.budget = budget
         self.adapter_name = adapter_name
         self.flow: RankFlow | None = None
         self._sinks = sinks
+        self._follows_loads = follows_loads
+        self._guard: RemovableHandle | None = None
 
     def start(self, model: nn.Module, total_steps: int, resume: dict[str, Any] | None) -> RankFlow:
         """Attach the engine to a model; ``on_train_begin`` does so if nobody has.
@@ -67,6 +75,18 @@ class RankFlowCallback(TrainerCallback):
         self.flow = RankFlow(model, self.budget, total_steps, self.adapter_name, resume=resume)
         return self.flow
 
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **_: Any,
+    ) -> None:
+        """Refuse, from now until training begins, to load weights of other ranks."""
+        self._guard = model.register_load_state_dict_pre_hook(_refuse_other_ranks)
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -78,10 +98,14 @@ class RankFlowCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Attach the engine, resize to the start budget or to the resumed ranks, open the sinks."""
+        if self._guard is not None:
+            self._guard.remove()
+        if not self._follows_loads:
+            _check_plain(args, state)
         flow = self.flow
         if flow is None or flow.steps != state.global_step:
-            resume = _resumed_state(args, state) if state.global_step > 0 else None
-            flow = self.start(extract_model_from_parallel(model), state.max_steps, resume)
+            _check_fresh(optimizer)
+            flow = self.start(extract_model_from_parallel(model), state.max_steps, None)
         if flow.total_steps != state.max_steps:
             raise CheckpointError(
                 f"the resumed run was planned for {flow.total_steps} steps and this one takes "
@@ -130,9 +154,9 @@ class RankFlowCallback(TrainerCallback):
         event = flow.finish()
         if event is not None:
             logger.warning(
-                "training ended after %d of %d steps above the budget; %d components were pruned "
-                "to meet its %d parameters: train to the end, or plan for fewer steps",
-                state.global_step,
+                "after %d of %d steps the model was above its budget; %d components were pruned to "
+                "meet its %d parameters: train to the end, or plan for fewer steps",
+                flow.steps,
                 flow.total_steps,
                 len(event.pruned),
                 event.limit,
@@ -174,7 +198,7 @@ class RankFlowTrainer(Trainer):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.rankflow = RankFlowCallback(budget, adapter_name, sinks=sinks)
+        self.rankflow = RankFlowCallback(budget, adapter_name, sinks=sinks, follows_loads=True)
         self.add_callback(self.rankflow)
 
     def _load_from_checkpoint(
@@ -187,14 +211,20 @@ class RankFlowTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Bring the model to the best checkpoint's ranks before its weights are loaded."""
-        if self.rankflow.flow is not None:
-            self.rankflow.flow.load_state_dict(load_state(self.state.best_model_checkpoint))
+        flow = self.rankflow.flow
+        if flow is not None:
+            history = flow.history
+            flow.load_state_dict(load_state(self.state.best_model_checkpoint))
+            flow.history = history  # it tells what happened, not what led to the best model
         super()._load_best_model()
 
 
 def _default_sinks(args: TrainingArguments, flow: RankFlow) -> list[Sink]:
     folder = Path(args.output_dir)
-    sinks: list[Sink] = [EventLog(folder / "events.jsonl", keep=len(flow.history))]
+    log = EventLog(folder / "events.jsonl", keep=0)
+    for event in flow.history:  # of the run that is resumed, which may have had another folder
+        log(event)
+    sinks: list[Sink] = [log]
     if "tensorboard" in args.report_to:
         sinks.append(TensorBoardSink(folder / "rankflow"))
     return sinks
@@ -204,8 +234,35 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _resumed_state(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    return load_state(_checkpoint_folder(args, state))
+def _refuse_other_ranks(model: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and name in state_dict and state_dict[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"the checkpoint holds {name} of shape {tuple(state_dict[name].shape)} and the "
+                f"model has {tuple(parameter.shape)}: its ranks have moved, and this Trainer "
+                "cannot follow; resume with RankFlowTrainer"
+            )
+
+
+def _check_plain(args: TrainingArguments, state: TrainerState) -> None:
+    if state.global_step > 0:
+        raise CheckpointError(
+            f"the run was resumed at step {state.global_step}, and this Trainer does not restore "
+            "the scores and the budget's history; resume with RankFlowTrainer"
+        )
+    if args.load_best_model_at_end:
+        raise RankFlowError(
+            "load_best_model_at_end=True needs a Trainer that brings the model to the ranks of "
+            "the best checkpoint; use RankFlowTrainer, or set it to False"
+        )
+
+
+def _check_fresh(optimizer: Optimizer) -> None:
+    if optimizer.state:
+        raise RankFlowError(
+            "the optimizer has taken steps before, perhaps in an earlier train(), and its state "
+            "does not fit the ranks at which a run begins; make a new Trainer for a new run"
+        )
 
 
 def _loss_scale(optimizer: Optimizer) -> Tensor | float:

@@ -54,6 +54,7 @@ def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
         check_length(spec.data.max_length, base.model.config)
         splits = tokenize(data.splits, base.tokenizer, spec.model.task, spec.data.max_length)
     console.print(f"model       {_describe_model(spec, base)}", highlight=False, soft_wrap=True)
+    console.print(f"tokens      {_describe_lengths(spec, splits)}", highlight=False, soft_wrap=True)
     collate = make_collator(base.tokenizer, spec.model.task)
     base.model.to(device)
     baseline: dict[str, float] = {}
@@ -88,3 +89,11 @@ def _describe_data(spec: RunSpec, data: TaskData) -> str:
 
 def _describe_model(spec: RunSpec, base: BaseModel) -> str:
     return f"{spec.model.name}: {base.model.num_parameters():,} parameters"
+
+
+def _describe_lengths(spec: RunSpec, splits: DatasetDict) -> str:
+    limit = spec.data.max_length
+    lengths = [len(ids) for ids in splits["train"]["input_ids"]]
+    mean, full = sum(lengths) / len(lengths), sum(length == limit for length in lengths)
+    fate = "split" if spec.model.task == "causal-lm" else "cut"
+    return f"{mean:.1f} in a training row; {full:,} rows fill all {limit}, longer texts are {fate}"

@@ -71,6 +71,8 @@ def load_base_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
         raise SpecError(f"[model] name = '{spec.name}': {error}") from error
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     check_vocabulary(model, tokenizer)
+    if model.config.pad_token_id is None:  # decoders that classify look for the last real token
+        model.config.pad_token_id = tokenizer.pad_token_id
     new = _new_modules(absent, model.base_model_prefix, spec)
     return BaseModel(model, tokenizer, new, tuple(sorted({*new, *_head_modules(model, spec)})))
 

@@ -1,14 +1,16 @@
 import copy
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from rankflow.engine import RankFlow
 from rankflow.errors import CheckpointError, RankFlowError
 from rankflow.integrations.huggingface import RankFlowCallback, RankFlowTrainer
 from rankflow.report.events import read_events
@@ -19,15 +21,6 @@ MOVES = {"rank": 1.5, "warmup": 2, "cooldown": 4, "every": 3, "decay": 0.5, "pro
 PRUNE = BudgetSpec(**MOVES, start=2, schedule="linear", recycle=0.2, hysteresis=0.1)
 REALLOCATE = BudgetSpec(**MOVES, recycle=0.5, hysteresis=0.1)
 EVENT_STEPS = [2, 5, 8, 11, 12]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other cost these tiny tensors twenty times their arithmetic."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_base(dropout=0.1):
@@ -222,23 +215,286 @@ def test_every_checkpoint_loads_in_stock_peft_with_the_same_outputs(host, tmp_pa
         assert (logits_of(stock) - live).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("checkpoint", [1, 2, 3, 6, 12, 15])
-@pytest.mark.parametrize("budget", [PRUNE, REALLOCATE], ids=["prune", "reallocate"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    checkpoint, budget, tmp_path, use_dora
-):
-    settings = {"save_strategy": "steps", "save_steps": 1}
+@dataclass(frozen=True)
+class WholeRun:
+    """A run that was never interrupted, with a checkpoint at every step."""
+
+    use_dora: bool
+    budget: BudgetSpec
+    folder: Path
+    model: peft.PeftModel
+    flow: RankFlow
+
+
+def run_whole(folder, budget, *, use_dora):
     trainer, callback = make_trainer(
-        "RankFlowTrainer", tmp_path, budget, model=make_model(use_dora=use_dora), settings=settings
+        "RankFlowTrainer",
+        folder,
+        budget,
+        model=make_model(use_dora=use_dora),
+        settings={"save_strategy": "steps", "save_steps": 1},
     )
     trainer.train()
-    expected = adapter_parameters(trainer.model)
-    resumed, again = make_trainer(
-        "RankFlowTrainer", tmp_path, budget, model=make_model(use_dora=use_dora), settings=settings
+    return WholeRun(use_dora, budget, folder, trainer.model, callback.flow)
+
+
+@pytest.fixture(scope="module")
+def pruned_lora(tmp_path_factory):
+    return run_whole(tmp_path_factory.mktemp("whole"), PRUNE, use_dora=False)
+
+
+@pytest.fixture(scope="module")
+def reallocated_dora(tmp_path_factory):
+    return run_whole(tmp_path_factory.mktemp("whole"), REALLOCATE, use_dora=True)
+
+
+def resume(run, folder, checkpoint, *, budget=None, **changes):
+    trainer, callback = make_trainer(
+        "RankFlowTrainer",
+        folder,
+        run.budget if budget is None else budget,
+        model=make_model(use_dora=run.use_dora),
+        **changes,
     )
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
-    assert untimed(again.flow.history) == untimed(callback.flow.history)
-    actual = adapter_parameters(resumed.model)
+    trainer.train(resume_from_checkpoint=str(run.folder / f"checkpoint-{checkpoint}"))
+    return trainer, callback.flow
+
+
+@pytest.mark.parametrize("checkpoint", [1, 2, 3, 5, 9, 12, 15])
+@pytest.mark.parametrize("run", ["pruned_lora", "reallocated_dora"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run, checkpoint, tmp_path, request):
+    whole = request.getfixturevalue(run)
+    trainer, flow = resume(whole, tmp_path, checkpoint)
+    assert untimed(flow.history) == untimed(whole.flow.history)
+    expected, actual = adapter_parameters(whole.model), adapter_parameters(trainer.model)
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    assert read_events(tmp_path / "events.jsonl") == again.flow.history
+
+
+def test_a_resumed_run_logs_the_whole_history_once(pruned_lora, tmp_path):
+    make_trainer("RankFlowTrainer", tmp_path)[0].train()
+    _, flow = resume(pruned_lora, tmp_path, 6)
+    assert len(flow.history) == len(EVENT_STEPS)
+    assert read_events(tmp_path / "events.jsonl") == flow.history
+
+
+def test_resuming_for_another_number_of_steps_is_refused(pruned_lora, tmp_path):
+    with pytest.raises(CheckpointError, match="planned for 16 steps and this one takes 20"):
+        resume(pruned_lora, tmp_path, 6, settings={"max_steps": 20})
+
+
+def test_resuming_under_another_budget_is_refused(pruned_lora, tmp_path):
+    with pytest.raises(CheckpointError, match="other budget than this run"):
+        resume(pruned_lora, tmp_path, 6, budget=REALLOCATE)
+
+
+def test_resuming_from_a_checkpoint_of_a_stock_trainer_is_refused(pruned_lora, tmp_path):
+    Trainer(
+        model=make_model(),
+        args=make_arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1),
+        train_dataset=make_data(),
+    ).train()
+    with pytest.raises(CheckpointError, match=r"holds no rankflow_state\.safetensors"):
+        resume(replace(pruned_lora, folder=tmp_path), tmp_path, 1)
+
+
+def test_a_plain_trainer_refuses_to_resume_where_the_ranks_have_moved(pruned_lora, tmp_path):
+    trainer, _ = make_trainer("Trainer", tmp_path)
+    with pytest.raises(CheckpointError, match="this Trainer cannot follow; resume with RankFlowT"):
+        trainer.train(resume_from_checkpoint=str(pruned_lora.folder / "checkpoint-6"))
+
+
+def test_a_plain_trainer_refuses_to_resume_even_at_the_same_ranks(tmp_path):
+    budget = BudgetSpec(rank=4, policy="uniform")  # the ranks that the adapter was made with
+    settings = {"save_strategy": "steps", "save_steps": 6}
+    make_trainer("Trainer", tmp_path, budget, settings=settings)[0].train()
+    trainer, _ = make_trainer("Trainer", tmp_path, budget)
+    with pytest.raises(CheckpointError, match=r"resumed at step 6, .*resume with RankFlowTrainer"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_the_guard_on_loading_ends_when_training_begins(tmp_path):
+    trainer, _ = make_trainer("Trainer", tmp_path)
+    model = trainer.model
+    assert len(model._load_state_dict_pre_hooks) == 1
+    trainer.train()
+    assert len(model._load_state_dict_pre_hooks) == 0
+
+
+def test_training_twice_with_one_trainer_is_refused_and_leaves_the_model_alone(host, tmp_path):
+    trainer, callback = make_trainer(host, tmp_path)
+    trainer.train()
+    ranks, before = callback.flow.ranks, copy.deepcopy(adapter_parameters(trainer.model))
+    with pytest.raises(RankFlowError, match=r"has taken steps before.*make a new Trainer"):
+        trainer.train()
+    assert callback.flow.ranks == ranks
+    after = adapter_parameters(trainer.model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+BEST = {
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+}
+
+
+def score_best_at(evaluation):
+    """Make a metric that is greatest at the evaluation of that number."""
+    scores = iter([float(i == evaluation) for i in range(6)])
+    return lambda prediction: {"score": next(scores)}
+
+
+@pytest.mark.parametrize(("evaluation", "step"), [(2, 9), (3, 12)])
+def test_the_best_model_is_restored_across_resizes_where_it_meets_the_budget(
+    evaluation, step, tmp_path, use_dora
+):
+    spy = Spy()
+    budget = BudgetSpec(**MOVES | {"cooldown": 1, "every": 1}, recycle=0.9, hysteresis=0)
+    trainer, callback = make_trainer(
+        "RankFlowTrainer",
+        tmp_path,
+        budget,
+        model=make_model(use_dora=use_dora),
+        callbacks=[spy],
+        settings=BEST,
+        eval_dataset=make_data(),
+        compute_metrics=score_best_at(evaluation),
+    )
+    trainer.train()
+    flow = callback.flow
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{step}")
+    assert torch.equal(logits_of(trainer.model), spy.logits[f"checkpoint-{step}"])
+    assert flow.spent == recount(trainer.model) <= flow.limit
+    assert flow.ranks == next(e.ranks for e in flow.history if e.step == step)
+    assert flow.ranks != flow.history[-1].ranks
+
+
+def test_a_best_model_from_above_the_budget_is_made_to_meet_it(tmp_path, caplog):
+    trainer, callback = make_trainer(
+        "RankFlowTrainer",
+        tmp_path,
+        settings=BEST,
+        eval_dataset=make_data(),
+        compute_metrics=score_best_at(0),
+    )
+    trainer.train()
+    flow = callback.flow
+    assert flow.steps == 3
+    assert flow.spent == recount(trainer.model) <= flow.limit == flow.resolved.target
+    assert [event.step for event in flow.history] == [*EVENT_STEPS, 3]
+    assert read_events(tmp_path / "events.jsonl") == flow.history
+    assert "after 3 of 16 steps the model was above its budget" in caplog.text
+
+
+def test_a_plain_trainer_refuses_to_load_the_best_model_before_it_trains(tmp_path):
+    spy = Spy()
+    trainer, _ = make_trainer(
+        "Trainer",
+        tmp_path,
+        callbacks=[spy],
+        settings=BEST,
+        eval_dataset=make_data(),
+        compute_metrics=score_best_at(0),
+    )
+    with pytest.raises(RankFlowError, match=r"load_best_model_at_end=True .*use RankFlowTrainer"):
+        trainer.train()
+    assert spy.parameters == []
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_an_early_stop_meets_the_budget_and_says_so(host, step, tmp_path, caplog):
+    trainer, callback = make_trainer(host, tmp_path, callbacks=[StopAt(step)])
+    with caplog.at_level(logging.WARNING, logger="rankflow"):
+        trainer.train()
+    flow = callback.flow
+    assert trainer.state.global_step == flow.steps == step
+    assert flow.spent == recount(trainer.model) <= flow.limit == flow.resolved.target
+    (record,) = [r for r in caplog.records if r.name.startswith("rankflow")]
+    pruned = len(flow.history[-1].pruned)
+    assert f"after {step} of {STEPS} steps the model was above its budget" in record.getMessage()
+    assert f"{pruned} components were pruned to meet its {flow.limit} p" in record.getMessage()
+    assert read_events(tmp_path / "events.jsonl") == flow.history
+
+
+def test_a_run_to_its_end_warns_of_nothing(host, tmp_path, caplog):
+    trainer, _ = make_trainer(host, tmp_path)
+    trainer.train()
+    assert [r for r in caplog.records if r.name.startswith("rankflow")] == []
+
+
+def test_events_go_to_tensorboard_where_the_trainer_reports_to_it(host, tmp_path):
+    trainer, callback = make_trainer(host, tmp_path, settings={"report_to": "tensorboard"})
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "rankflow"))
+    events.Reload()
+    spent = [(e.step, e.value) for e in events.Scalars("rankflow/spent")]
+    assert spent == [(event.step, event.spent) for event in callback.flow.history]
+    assert len(events.Tags()["images"]) == 2 * len(EVENT_STEPS)
+    assert read_events(tmp_path / "events.jsonl") == callback.flow.history
+
+
+def test_without_a_report_nothing_is_written_for_tensorboard(host, tmp_path):
+    make_trainer(host, tmp_path)[0].train()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["events.jsonl"]
+
+
+def test_sinks_of_ones_own_take_the_place_of_the_files(tmp_path):
+    seen = []
+    callback = RankFlowCallback(PRUNE, sinks=[seen.append])
+    Trainer(
+        model=make_model(),
+        args=make_arguments(tmp_path / "out"),
+        train_dataset=make_data(),
+        callbacks=[callback],
+    ).train()
+    assert seen == callback.flow.history
+    assert len(seen) == len(EVENT_STEPS)
+    assert not (tmp_path / "out" / "events.jsonl").exists()
+
+
+def test_a_callback_added_later_steers_the_adapter_that_it_names(tmp_path):
+    model = make_model(adapter_name="steered")
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["query"]))
+    trainer = Trainer(model=model, args=make_arguments(tmp_path), train_dataset=make_data())
+    callback = RankFlowCallback(PRUNE, "steered")
+    trainer.add_callback(callback)
+    trainer.train()
+    assert len(callback.flow.history) == len(EVENT_STEPS)
+    assert callback.flow.spent == recount(model) <= callback.flow.limit
+    assert model.peft_config["other"].r == 2
+
+
+def test_a_run_of_epochs_plans_for_all_of_its_steps(tmp_path):
+    settings = {"max_steps": -1, "num_train_epochs": 3}
+    trainer, callback = make_trainer("Trainer", tmp_path, settings=settings)
+    trainer.train()
+    assert callback.flow.total_steps == callback.flow.steps == 18
+    assert callback.flow.history[-1].step == 14
+
+
+def test_a_callback_that_never_saw_training_begin_is_refused(tmp_path):
+    callback = RankFlowCallback(PRUNE)
+    with pytest.raises(RankFlowError, match=r"without RankFlowCallback.on_train_begin"):
+        callback.on_train_end(make_arguments(tmp_path), None, None)
+
+
+def test_a_model_without_an_adapter_is_refused_when_training_begins(tmp_path):
+    trainer = Trainer(
+        model=make_base(),
+        args=make_arguments(tmp_path),
+        train_dataset=make_data(),
+        callbacks=[RankFlowCallback(PRUNE)],
+    )
+    with pytest.raises(RankFlowError, match=r"steers a peft.PeftModel, received BertFor"):
+        trainer.train()
+
+
+def test_the_hooks_are_gone_when_training_ends(host, tmp_path):
+    trainer, _ = make_trainer(host, tmp_path)
+    trainer.train()
+    for parameter in adapter_parameters(trainer.model).values():
+        assert not parameter._post_accumulate_grad_hooks

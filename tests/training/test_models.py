@@ -132,6 +132,14 @@ def test_a_tokenizer_without_padding_pads_with_its_end(llama_folder):
         load_base_model(spec, ())
 
 
+def test_a_decoder_that_classifies_knows_its_padding(llama_folder):
+    file = Path(llama_folder) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": None}))
+    base = load_base_model(classifier(llama_folder, "model"), LABELS)
+    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 0
+    assert base.full_modules == ("score",)
+
+
 def test_rows_longer_than_the_positions_are_refused_with_the_number(bert_folder):
     config = AutoConfig.from_pretrained(bert_folder)
     check_length(32, config)

@@ -159,6 +159,7 @@ def test_the_console_tells_rows_events_metrics_budget_ranks_and_what_to_do_next(
 ):
     result, printed = run(bert_folder, "sequence-classification", sentiment_rows)
     assert "18 train, 2 validation rows, 2 classes" in printed
+    assert "0 rows fill all 16, longer texts are cut" in printed
     assert printed.count("step ") >= result.events
     assert f"{result.metrics['accuracy']:.4f}" in printed
     assert f"{result.spent:,} spent of {result.target:,}" in printed
