@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rankflow.report.layout import lay_out
@@ -72,7 +73,8 @@ def rank_markdown(ranks: Mapping[str, int]) -> str:
 
 
 def _front_matter(base_model: str, method: str) -> str:
-    base = f"base_model: {base_model}\n" if base_model else ""
+    is_hub_id = bool(base_model) and not Path(base_model).is_absolute()
+    base = f"base_model: {base_model}\n" if is_hub_id else ""
     return f"---\n{base}library_name: peft\ntags:\n- rankflow\n- {method.lower()}\n---"
 
 
