@@ -106,7 +106,8 @@ def _protect_young(table: ComponentTable, protect: int, limit: int) -> Component
 def _choose_candidates(table: ComponentTable, allowance: int) -> IntArray:
     """Return how many newborns each site may ask for, shape ``(S,)``.
 
-    The sites that promise most for a parameter come first; a site at most doubles its rank.
+    The sites that promise most for a parameter come first. A site grows by one and a quarter of its
+    rank at most, so that what is born there is judged before more is.
     """
     costs = table.component_costs
     most = np.minimum(1 + table.ranks // 4, table.max_ranks - table.ranks)

@@ -5,6 +5,7 @@ fits no machine at hand can be planned.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -18,7 +19,7 @@ from rankflow.adapters.sites import find_sites
 from rankflow.allocation.policies import feasible_range
 from rankflow.budgeting import ResolvedBudget, resolve_budget
 from rankflow.records import SiteInfo
-from rankflow.report.layout import parse_site
+from rankflow.report.layout import parse_site, shortest_endings
 from rankflow.specs.run import RunSpec
 from rankflow.training.adapter import add_adapter
 from rankflow.training.arguments import make_arguments
@@ -175,6 +176,8 @@ def _sites_table(plan: RunPlan) -> Table:
         position = parse_site(site.name)
         key = (position.stack, position.type, site.in_features, site.out_features, site.max_rank)
         alike.setdefault(key, []).append(site)
+    stacks = list(dict.fromkeys(parse_site(site.name).stack for site in plan.sites))
+    short = dict(zip(stacks, shortest_endings(stacks), strict=True))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("sites", overflow="fold")
     for heading in ("count", "in", "out", "per rank", "magnitude", "ranks"):
@@ -182,7 +185,7 @@ def _sites_table(plan: RunPlan) -> Table:
     for sites in alike.values():
         first = sites[0]
         table.add_row(
-            _pattern(first, len(sites)),
+            _pattern(first, len(sites), short),
             str(len(sites)),
             f"{first.in_features:,}",
             f"{first.out_features:,}",
@@ -193,11 +196,11 @@ def _sites_table(plan: RunPlan) -> Table:
     return table
 
 
-def _pattern(site: SiteInfo, count: int) -> str:
+def _pattern(site: SiteInfo, count: int, short: Mapping[tuple[str, ...], str]) -> str:
     position = parse_site(site.name)
     if count == 1 or position.layer is None:
         return site.name
-    return ".".join([*position.stack, "*", *position.type])
+    return ".".join([short[position.stack], "*", *position.type])
 
 
 def _events_table(plan: RunPlan) -> Table:
