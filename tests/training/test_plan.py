@@ -102,7 +102,7 @@ def test_a_budget_that_never_moves_has_no_events(run_file):
 
 def test_the_print_shows_sites_costs_budgets_events_and_memory(run_file):
     planned, printed = plan(run_file)
-    assert "bert.encoder.layer.*.attention.self.query" in printed
+    assert "layer.*.attention.self.query" in printed
     assert f"{planned.start:,} parameters at first, {planned.target:,} at the end" in printed
     assert f"{planned.feasible[0]:,} to {planned.feasible[1]:,}" in printed
     step, limit = planned.events[0]
