@@ -136,7 +136,7 @@ def _correct(
     for key in _SQUARES:
         if key in state:
             state[key].mul_(gamma / _ratio(beta2, shared - 1, lived - 1))
-    owed = (1 - beta2) / beta2 * (gamma - alpha**2)
+    owed = (1 - beta2) / beta2 * (gamma - alpha**2) if beta2 > 0 else 0.0
     state["exp_avg_sq"].add_((gradient / loss_scale).square() * owed)
     state["exp_avg"].mul_(alpha / _ratio(beta1, shared - 1, lived - 1))
     gradient.mul_(alpha)

@@ -32,11 +32,14 @@ class Host(nn.Module):
 
 
 class MixedNet(nn.Module):
-    """An embedding, a transposed linear layer, two linear layers and a convolution in a row."""
+    """An embedding, a transposed linear layer, two linear layers and a convolution in a row.
+
+    The first and the last have matrices of one width, so stacking by width changes the order.
+    """
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(11, 6)
+        self.embed = nn.Embedding(12, 6)
         self.fan = Conv1D(5, 6)
         self.first = nn.Linear(5, 5)
         self.second = nn.Linear(5, 4, bias=False)

@@ -184,7 +184,7 @@ def test_a_frozen_parameter_stays_frozen(mixed):
 def test_groups_stay_the_same_objects_and_the_learning_rate_goes_on_decaying(
     mixed, plan, make_optimizer
 ):
-    model = mixed(use_dora=True)
+    model = mixed(use_dora=True).double()  # so that a small step shows
     parameters = trainable(model)
     optimizer = make_optimizer(
         [{"params": parameters[:5], "lr": 1e-2}, {"params": parameters[5:], "lr": 3e-2}]

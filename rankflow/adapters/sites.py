@@ -231,12 +231,7 @@ def _kind(name: str, layer: LoraLayer, adapter_name: str) -> SiteKind:
         return "embedding"
     factor = layer.lora_A[adapter_name]
     if isinstance(factor, nn.modules.conv._ConvNd):
-        groups = layer.get_base_layer().groups
-        if groups > 1:
-            raise SiteError(
-                f"site {name!r} is a convolution with groups={groups}, whose adapter is not a sum "
-                "of rank-1 components over all channels; take it out of target_modules"
-            )
+        _check_convolution(name, layer.get_base_layer())
         return "conv"
     if isinstance(factor, nn.Linear):
         return "linear"
@@ -244,6 +239,20 @@ def _kind(name: str, layer: LoraLayer, adapter_name: str) -> SiteKind:
         f"site {name!r} has an adapter of type {type(factor).__name__}; RankFlow knows linear "
         "layers, convolutions and embeddings: take the site out of target_modules"
     )
+
+
+def _check_convolution(name: str, base: nn.Module) -> None:
+    if base.groups > 1:
+        raise SiteError(
+            f"site {name!r} is a convolution with groups={base.groups}, whose adapter is not a sum "
+            "of rank-1 components over all channels; take it out of target_modules"
+        )
+    if base.padding_mode != "zeros" or any(step != 1 for step in base.dilation):
+        raise SiteError(
+            f"site {name!r} is a convolution with dilation={base.dilation} and padding_mode="
+            f"{base.padding_mode!r}, which PEFT's adapter ignores, so that its forward and its "
+            "merge differ; take it out of target_modules"
+        )
 
 
 def _refuse_shared(sites: list[Site]) -> None:

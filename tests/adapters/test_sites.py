@@ -174,6 +174,14 @@ def test_a_grouped_convolution_is_refused():
         find_sites(model)
 
 
+@pytest.mark.parametrize("odd", [{"dilation": 2}, {"padding_mode": "reflect", "padding": 1}])
+def test_a_convolution_whose_forward_and_merge_differ_in_peft_is_refused(odd):
+    base = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, **odd)})
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["conv"]))
+    with pytest.raises(SiteError, match=r"site 'conv' is a convolution with dilation=.*differ"):
+        find_sites(model)
+
+
 def test_multihead_attention_is_refused():
     base = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["attention"]))

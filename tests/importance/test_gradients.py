@@ -1,3 +1,6 @@
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -136,6 +139,18 @@ def test_a_closed_watcher_leaves_no_hook(steer, watch):
     assert not hooked()
     steered.backward(0)
     assert gradients.unclip(1.0) == 1
+
+
+def test_a_watched_model_can_be_copied_and_pickled(steer, watch):
+    steered = steer()
+    watch(steered.sites)
+    tokens, _ = steered.batch(0)
+    file = io.BytesIO()
+    torch.save(steered.model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(steered.model), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(tokens), steered.model(tokens))
+        assert not any(p._post_accumulate_grad_hooks for p in twin.parameters())
 
 
 def test_a_model_of_dead_lora_sites_has_nothing_to_observe(steer, watch):

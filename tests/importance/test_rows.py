@@ -20,10 +20,10 @@ def test_rows_are_the_components_of_every_site_in_table_order(steer):
 
 def test_one_stack_holds_all_rows_of_a_width(steer):
     steered = steer()
-    rows = Rows.of_A(steered.sites)  # widths 11, 6 (dead), 5, 5, 12
-    assert [tuple(w.shape) for w in rows.weights()] == [(2, 11), (4, 5), (4, 12)]
+    rows = Rows.of_A(steered.sites)  # widths 12, 6 (dead), 5, 5, 12
+    assert [tuple(w.shape) for w in rows.weights()] == [(6, 12), (4, 5)]
     assert rows.ranks == [2, 0, 3, 1, 4]
-    assert rows.widths == [11, 6, 5, 5, 12]
+    assert rows.widths == [12, 6, 5, 5, 12]
 
 
 def test_split_and_join_undo_each_other(steer):
