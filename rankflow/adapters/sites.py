@@ -241,7 +241,7 @@ def _kind(name: str, layer: LoraLayer, adapter_name: str) -> SiteKind:
     )
 
 
-def _check_convolution(name: str, base: nn.Module) -> None:
+def _check_convolution(name: str, base: nn.modules.conv._ConvNd) -> None:
     if base.groups > 1:
         raise SiteError(
             f"site {name!r} is a convolution with groups={base.groups}, whose adapter is not a sum "
