@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rankflow.adapters.dora import accelerate_dora as accelerate_dora
     from rankflow.engine import RankFlow as RankFlow
     from rankflow.export.card import AdapterFacts as AdapterFacts
     from rankflow.export.peft import export_adapter as export_adapter
@@ -18,6 +19,7 @@ _HOMES = {
     "RankFlow": "rankflow.engine",
     "RankFlowCallback": "rankflow.integrations.huggingface",
     "RankFlowTrainer": "rankflow.integrations.huggingface",
+    "accelerate_dora": "rankflow.adapters.dora",
     "export_adapter": "rankflow.export.peft",
     "load_budget": "rankflow.specs.budget",
 }

@@ -16,6 +16,16 @@ def output_axis(layer: LoraLayer) -> int:
     return 1 if is_embedding or getattr(layer, "fan_in_fan_out", False) else 0
 
 
+def base_rows(layer: LoraLayer) -> Tensor:
+    """Return the frozen weight as ``(out_features, in_features)``, dequantised.
+
+    Args:
+        layer: The adapted layer.
+    """
+    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    return weight.movedim(output_axis(layer), 0).flatten(1)
+
+
 def row_norms(layer: LoraLayer, weight: Tensor | None = None) -> Tensor:
     r"""Euclidean norm of each output row, :math:`n_j = \lVert W_j \rVert`.
 

@@ -5,12 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankflow.adapters.dora import measure_norms
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
 
 
 class Norm:
     r"""The size of a component now, :math:`s \lVert a_i \rVert \lVert b_i \rVert`, over all sites.
+
+    Under DoRA row j of the update reaches the model times :math:`m_j / n_j`, and so does
+    :math:`b_{ji}` here.
 
     Args:
         sites: The sites whose components are scored.
@@ -94,7 +98,10 @@ def _share(A: Tensor, B: Tensor) -> Tensor:
     return sizes / (products.sum().clamp_min(0).sqrt() + 1e-8)
 
 
+@torch.no_grad()
 def _sizes(site: Site) -> Tensor:
-    A = site.A.detach().flatten(1).float()
-    B = site.B.detach().flatten(1).float()
+    A, B = site.A.flatten(1).float(), site.B.flatten(1).float()
+    if site.magnitude is not None:  # DoRA scales each row of the update by m / n
+        norms = measure_norms(site.layer, A, B, site.scale)
+        B = B * (site.magnitude.flatten() / norms).unsqueeze(1)
     return site.scale * A.norm(dim=1) * B.norm(dim=0)

@@ -1,7 +1,7 @@
 """The scorers by name."""
 
 from collections.abc import Sequence
-from typing import Literal, assert_never
+from typing import assert_never
 
 from rankflow.adapters.sites import Site
 from rankflow.importance.controls import RandomScore, UniformScore
@@ -9,11 +9,11 @@ from rankflow.importance.gate import Fisher, Taylor
 from rankflow.importance.norms import Frobenius, Norm
 from rankflow.importance.scorer import Scorer
 from rankflow.importance.sensitivity import Sensitivity
+from rankflow.importance.tangential import Tangential
+from rankflow.specs.budget import Score
 
-ScoreName = Literal["frobenius", "norm", "sensitivity", "taylor", "fisher", "random", "uniform"]
 
-
-def make_scorer(name: ScoreName, sites: Sequence[Site], *, decay: float, seed: int) -> Scorer:
+def make_scorer(name: Score, sites: Sequence[Site], *, decay: float, seed: int) -> Scorer:
     """Make the scorer of that name.
 
     Args:
@@ -35,6 +35,8 @@ def make_scorer(name: ScoreName, sites: Sequence[Site], *, decay: float, seed: i
             return Fisher(sites, decay)
         case "random":
             return RandomScore(sites, seed)
+        case "tangential":
+            return Tangential(sites)
         case "uniform":
             return UniformScore(sites)
         case _:

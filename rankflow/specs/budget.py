@@ -25,7 +25,9 @@ from rankflow.specs.reading import (
 )
 
 Schedule = Literal["constant", "linear", "cubic", "cubic-late", "step"]
-Score = Literal["frobenius", "norm", "sensitivity", "taylor", "fisher", "random", "uniform"]
+Score = Literal[
+    "frobenius", "norm", "sensitivity", "tangential", "taylor", "fisher", "random", "uniform"
+]
 Policy = Literal[
     "threshold", "knapsack", "knapsack-exact", "proportional", "uniform", "random", "frozen"
 ]

@@ -50,6 +50,17 @@ class Steered:
                 db = None if site.B.grad is None else site.B.grad[:, i].flatten().double()
                 yield site, a.flatten().double(), b.flatten().double(), da, db
 
+    def factors(self, site):
+        """m_j / n_j of every output row (1 without a magnitude) and W + s B A, all dense."""
+        weight = site.layer.get_base_layer().weight.detach().double()
+        rows = weight.T if site.name in ("embed", "fan") else weight.flatten(1)
+        update = sum(torch.outer(b, a) for s, a, b, _, _ in self.components() if s is site)
+        directions = rows + site.scale * update
+        if site.magnitude is None:
+            return torch.ones(len(rows), dtype=torch.float64), directions
+        magnitude = site.magnitude.detach().flatten().double()
+        return magnitude / directions.norm(dim=1), directions
+
     def drift(self, step):
         """Move all weights, as an optimizer would."""
         generator = torch.Generator().manual_seed(1000 + step)

@@ -11,7 +11,9 @@ def test_the_norm_is_the_frobenius_norm_of_the_scaled_component(steer, use_dora)
     steered.sites[2].layer.scaling["default"] = 0.3
     expected = []
     for site, a, b, _, _ in steered.components():
-        component = [[site.scale * x * y for x in a.tolist()] for y in b.tolist()]
+        factors, _ = steered.factors(site)
+        effective = (factors * b).tolist()  # under DoRA each row is scaled by m / n
+        component = [[site.scale * x * y for x in a.tolist()] for y in effective]
         expected.append(sum(v * v for row in component for v in row) ** 0.5)
     torch.testing.assert_close(Norm(steered.sites).read().tolist(), expected, rtol=1e-6, atol=0)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from rankflow.importance.registry import ScoreName, make_scorer
+from rankflow.importance.registry import make_scorer
 from rankflow.records import RankPlan
+from rankflow.specs.budget import Score
 from rankflow.surgery import resize
 
-SCORES = get_args(ScoreName)
+SCORES = get_args(Score)
 FROM_GRADIENTS = ("sensitivity", "taylor", "fisher")
 AVERAGED = (*FROM_GRADIENTS, "frobenius")
 
