@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from rankflow import accelerate_dora
 
-ROUNDS = 9
+ROUNDS = 7
 
 
 def llama() -> nn.Module:

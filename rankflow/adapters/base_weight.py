@@ -3,7 +3,11 @@
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import (
+    dequantize_bnb_weight,
+    dequantize_module_weight,
+    get_bnb_param_type,
+)
 from torch import Tensor, nn
 
 
@@ -16,13 +20,26 @@ def output_axis(layer: LoraLayer) -> int:
     return 1 if is_embedding or getattr(layer, "fan_in_fan_out", False) else 0
 
 
+def dense_weight(layer: LoraLayer) -> Tensor:
+    """Return the frozen weight in its own layout, dequantised where it is quantised.
+
+    Args:
+        layer: The adapted layer.
+    """
+    base = layer.get_base_layer()
+    if get_bnb_param_type(base.weight):
+        # PEFT's helper for modules puts the weight back without its int8 statistics.
+        return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
+    return base.weight if base.weight.is_floating_point() else dequantize_module_weight(base)
+
+
 def base_rows(layer: LoraLayer) -> Tensor:
     """Return the frozen weight as ``(out_features, in_features)``, dequantised.
 
     Args:
         layer: The adapted layer.
     """
-    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    weight = dense_weight(layer).detach()
     return weight.movedim(output_axis(layer), 0).flatten(1)
 
 
@@ -38,7 +55,7 @@ def row_norms(layer: LoraLayer, weight: Tensor | None = None) -> Tensor:
         with a magnitude of zero gives 0 and not NaN.
     """
     if weight is None:
-        weight = dequantize_module_weight(layer.get_base_layer())
+        weight = dense_weight(layer)
     rows = weight.detach().movedim(output_axis(layer), 0).flatten(1)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(rows.dtype).tiny)

@@ -7,13 +7,12 @@ adapter, at every forward. Here
 
 * the base layer's output is scaled and the low-rank branch added to it in one pass, with ``s c``
   folded into B;
-* backward keeps what is alive anyway: the input, ``A x``, and the output (:math:`y = c z` gives
-  :math:`z` back, so the gradient of m needs no second copy);
-* the norm is taken over tiles of a few rows, which costs the arithmetic of a dense product and none
-  of its memory. Expanding the square would need no tile either, but loses all digits where W and
-  ``s B A`` nearly cancel;
+* backward keeps the input, ``A x`` and the base layer's output, and nothing of the weight's size;
+* the norm comes from an expanded square, or from tiles of a few rows where that would cancel; both
+  cost the arithmetic of a dense product and none of its memory;
 * the norm is computed once for each state of the weights: gradient accumulation, checkpointing and
-  evaluation reuse it.
+  evaluation reuse it. A write through ``.data`` that no optimizer made leaves no trace: call
+  ``accelerate_dora`` again after one.
 
 Dropout acts on the low-rank branch alone. PEFT also drops the input of ``(c - 1) W x``, which takes
 a second product with W; the expectation is the same.
@@ -31,27 +30,30 @@ from peft.tuners.lora.variants import (
     DoraEmbeddingVariant,
     DoraLinearVariant,
 )
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rankflow.adapters.base_weight import output_axis
+from rankflow.adapters.base_weight import dense_weight, output_axis
 from rankflow.adapters.dead import DeadVariant
 from rankflow.adapters.sites import find_sites
 from rankflow.errors import SiteError
 
 # Small enough for a core's cache; a GPU wants few launches instead.
-_TILE_BYTES = {"cpu": 2**18}
+_TILE_BYTES = {"cpu": 2**19}
 _TILE_BYTES_ELSEWHERE = 2**25
 
-# A magnitude of exactly 0 would hide z from backward (y = c z); this is 0 to every purpose.
-_SMALLEST_FACTOR = 1e-20
+# Rows whose square is below this share of its terms are summed without expanding it: 1e-2 costs
+# at most two of float32's seven digits, and bfloat16 has none to lose.
+_CANCELLED = 1e-2
+_CANCELLED_LOW = 0.5
 
 
 def accelerate_dora(model: nn.Module, adapter_name: str = "default") -> int:
     """Replace the arithmetic of every DoRA site; nothing else about the model changes.
+
+    Called again, it forgets all norms that it remembers.
 
     Args:
         model: A ``PeftModel`` with a DoRA adapter, steered by RankFlow or not.
@@ -77,16 +79,27 @@ def accelerate_dora(model: nn.Module, adapter_name: str = "default") -> int:
             current.revived = _fast(current.revived)
         else:
             variants[adapter_name] = _fast(current)
-        # PEFT would copy the input in the adapter's precision, where only A's copy is needed.
-        if len(site.layer.lora_variant) == len(site.layer.scaling) == 1:
-            site.layer.cast_input_dtype_enabled = False
     return len(sites)
 
 
 def row_norms_of_sum(
-    weight: Tensor, A: Tensor, B: Tensor, scale: float, *, axis: int = 0
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    *,
+    axis: int = 0,
+    squares: Tensor | None = None,
 ) -> Tensor:
     r"""Norm of each output row of :math:`W + s B A`, without forming the sum.
+
+    On a CPU the square is expanded,
+
+    .. math:: n_j^2 = \lVert W_j \rVert^2 + 2 s \sum_k B_{jk} (W A^\top)_{jk}
+        + s^2 (B A A^\top B^\top)_{jj},
+
+    and rows in which these terms nearly cancel are taken again from their sum. Elsewhere asking
+    whether there are such rows would wait for the device, so all rows are summed, tile by tile.
 
     Args:
         weight: W, ``(out, in)`` for ``axis`` 0 and ``(in, out)`` for 1.
@@ -94,22 +107,56 @@ def row_norms_of_sum(
         B: Left factor, ``(out, rank)``.
         scale: s.
         axis: Axis of the weight that runs over output features.
+        squares: :math:`\lVert W_j \rVert^2`, shape ``(out,)``, if known.
 
     Returns:
         Norms, shape ``(out,)``, at least float32, and never 0.
     """
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
-    A, B = A.to(dtype), B.to(dtype)
-    limit = _TILE_BYTES.get(weight.device.type, _TILE_BYTES_ELSEWHERE)
-    lines = max(1, limit // (weight.shape[1] * dtype.itemsize))
+    A, B = _widened(A, weight), _widened(B, weight)
+    if axis == 1 or weight.device.type != "cpu" or torch.compiler.is_compiling():
+        total = _sum_of_squares(weight, A, B, scale, axis)
+    else:
+        total = _expanded_squares(weight, A, B, scale, squares)
+    return total.sqrt().clamp_min(torch.finfo(A.dtype).tiny)
+
+
+def _expanded_squares(
+    weight: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor | None
+) -> Tensor:
+    if squares is None:
+        squares = _sum_of_squares(weight, A[:0], B[:, :0], scale, axis=0)
+    mixed = (weight @ A.to(weight.dtype).T).to(B.dtype)  # (out, rank)
+    cross = 2 * scale * (B * mixed).sum(dim=1)
+    own = scale**2 * ((B @ (A @ A.T)) * B).sum(dim=1)
+    total = squares + cross + own
+    # Their sum has lost a share of its digits; in low precision W A^T had few to begin with.
+    worst = _CANCELLED if weight.dtype.itemsize >= 4 else _CANCELLED_LOW
+    for rows in (total < worst * (squares + own)).nonzero().flatten().split(_lines(weight, B)):
+        total[rows] = _sum_of_squares(weight[rows], A, B[rows], scale, axis=0)
+    return total
+
+
+def _sum_of_squares(weight: Tensor, A: Tensor, B: Tensor, scale: float, axis: int) -> Tensor:
     left, right = (B, A) if axis == 0 else (A.T, B.T)
+    lines = _lines(weight, B)
     tiles = zip(weight.split(lines), left.split(lines), strict=True)
-    squares = [
-        torch.addmm(tile.to(dtype), factor, right, alpha=scale).square_().sum(dim=1 - axis)
+    parts = [
+        torch.addmm(tile.to(B.dtype), factor, right, alpha=scale).square_().sum(dim=1 - axis)
         for tile, factor in tiles
     ]
-    total = torch.cat(squares) if axis == 0 else torch.stack(squares).sum(dim=0)
-    return total.sqrt().clamp_min(torch.finfo(dtype).tiny)
+    return torch.cat(parts) if axis == 0 else torch.stack(parts).sum(dim=0)
+
+
+def _widened(factor: Tensor, weight: Tensor) -> Tensor:
+    """Convert a factor to the precision of the norms: its own or W's, at least float32."""
+    dtype = torch.promote_types(weight.dtype, factor.dtype)
+    return factor.to(torch.promote_types(dtype, torch.float32))
+
+
+def _lines(weight: Tensor, B: Tensor) -> int:
+    """Lines of the weight that fill a tile."""
+    limit = _TILE_BYTES.get(weight.device.type, _TILE_BYTES_ELSEWHERE)
+    return max(1, limit // (weight.shape[1] * B.dtype.itemsize))
 
 
 class _Epoch:
@@ -131,25 +178,51 @@ class _Epoch:
 
 
 class _NormCache:
-    """The norms of one site, computed anew whenever one of its weights may have changed."""
+    """The norms of one site, computed anew whenever one of its weights may have changed.
+
+    It holds on to the storages that it has seen, so that no new tensor can take their address.
+    """
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] | None = None
+        self._seen: tuple[object, ...] = ()
         self._norms: Tensor | None = None
+        self._seen_weight: tuple[object, ...] = ()
+        self._squares: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type["_NormCache"], tuple[()]]:
+        """Copy and pickle as an empty cache."""
+        return _NormCache, ()
 
     def norms(self, layer: LoraLayer, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """Return the norms of ``W + s B A``, shape ``(out,)``."""
         if torch.compiler.is_compiling():
             return measure_norms(layer, A, B, scale)
         weight = layer.get_base_layer().weight
-        key = (_Epoch.steps, scale, *map(_identity, (weight, A, B)))
-        if self._norms is None or key != self._key:
-            self._norms, self._key = measure_norms(layer, A, B, scale), key
+        seen_weight = (_identity(weight), _Epoch.steps if weight.requires_grad else None)
+        seen = (_Epoch.steps, scale, seen_weight, _identity(A), _identity(B))
+        if self._norms is None or seen != self._seen:
+            with torch.inference_mode(False):  # training may follow
+                if seen_weight != self._seen_weight:
+                    self._squares = _squares_of(layer, A, B)
+                    self._seen_weight = seen_weight
+                self._norms = measure_norms(layer, A, B, scale, squares=self._squares)
+            self._seen = seen
+            self._alive = [tensor.untyped_storage() for tensor in (weight, A, B)]
         return self._norms
 
 
 @torch.no_grad()
-def measure_norms(layer: LoraLayer, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def _squares_of(layer: LoraLayer, A: Tensor, B: Tensor) -> Tensor:
+    """Return the squared norm of each row of W alone."""
+    weight = dense_weight(layer).detach().flatten(1)
+    A, B = (_widened(t.detach().flatten(1), weight) for t in (A, B))
+    return _sum_of_squares(weight, A[:0], B[:, :0], 0.0, output_axis(layer))
+
+
+@torch.no_grad()
+def measure_norms(
+    layer: LoraLayer, A: Tensor, B: Tensor, scale: float, *, squares: Tensor | None = None
+) -> Tensor:
     """Return the norm of each output row of a layer's ``W + s B A``, shape ``(out,)``.
 
     Args:
@@ -157,10 +230,18 @@ def measure_norms(layer: LoraLayer, A: Tensor, B: Tensor, scale: float) -> Tenso
         A: Its right factor, as PEFT stores it.
         B: Its left factor, as PEFT stores it.
         scale: s.
+        squares: The squared norm of each row of W, if known.
     """
-    weight = dequantize_module_weight(layer.get_base_layer()).detach().flatten(1)
+    weight = dense_weight(layer).detach().flatten(1)
     with _own_precision(weight):
-        return row_norms_of_sum(weight, A.flatten(1), B.flatten(1), scale, axis=output_axis(layer))
+        return row_norms_of_sum(
+            weight,
+            A.detach().flatten(1),
+            B.detach().flatten(1),
+            scale,
+            axis=output_axis(layer),
+            squares=squares,
+        )
 
 
 def _own_precision(tensor: Tensor) -> AbstractContextManager[None]:
@@ -206,49 +287,40 @@ class _Compose(torch.autograd.Function):
             scale: Factor of the low-rank branch.
         """
         dtype = base.dtype
-        flat, inputs = (
-            base.flatten(0, -2),
-            x.flatten(0, -2).to(dtype),
-        )  # (tokens, out), (tokens, in)
+        inputs = x.flatten(0, -2).to(dtype)  # (tokens, in)
         factor = _factor(magnitude, norms)
         # In low precision c - 1 is exact to more digits than c, which is near 1.
         excess = (factor - 1).to(dtype)
         hidden = inputs @ A.to(dtype).T  # (tokens, rank)
         scaled = (B * (scale * factor).unsqueeze(1)).to(dtype)
-        y = torch.addcmul(flat, flat, excess)
-        y.addmm_(hidden, scaled.T)
+        y = torch.addcmul(base, base, excess).contiguous()
+        y.view(-1, len(B)).addmm_(hidden, scaled.T)
         if bias is not None:
             y.sub_(excess * bias.to(dtype))
-        ctx.save_for_backward(
-            y if bias is None else flat, inputs, hidden, A, B, magnitude, bias, norms, factor
-        )
+        ctx.save_for_backward(base, inputs, hidden, A, B, magnitude, bias, norms, factor)
         ctx.scale = scale
-        ctx.shapes = (base.shape, x.shape, x.dtype)
-        return y.view(base.shape)
+        ctx.x_like = (x.shape, x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of all inputs that want one."""
-        kept, inputs, hidden, A, B, magnitude, bias, norms, factor = ctx.saved_tensors
-        base_shape, x_shape, x_dtype = ctx.shapes
+        base, inputs, hidden, A, B, magnitude, bias, norms, factor = ctx.saved_tensors
+        x_shape, x_dtype = ctx.x_like
         g = gradient.flatten(0, -2)  # (tokens, out)
-        dtype = g.dtype
+        dtype, wide = g.dtype, factor.dtype
         excess = (factor - 1).to(dtype)
-        wide = factor.dtype
         outer = (g.T @ hidden).to(wide)  # (out, rank)
-        weighted = torch.mul(g, kept)
-        total = weighted.sum(dim=0, dtype=wide)
-        if bias is None:
-            d_magnitude = total / (factor * norms)
-        else:
-            offset = bias.to(wide) * g.sum(dim=0, dtype=wide)
-            branch = ctx.scale * (outer * B.to(wide)).sum(dim=1)
-            d_magnitude = (total - offset + branch) / norms
+        weighted = torch.mul(g, base.flatten(0, -2))
+        along = weighted.sum(dim=0, dtype=wide) + ctx.scale * (outer * B.to(wide)).sum(dim=1)
+        if bias is not None:
+            along = along - bias.to(wide) * g.sum(dim=0, dtype=wide)
+        d_magnitude = torch.where(_is_zero(norms), 0, along / norms)
         d_hidden = g @ (B * (ctx.scale * factor).unsqueeze(1)).to(dtype)  # (tokens, rank)
         d_base = d_x = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_base = torch.addcmul(g, g, excess, out=weighted).view(base_shape)
+            d_base = torch.addcmul(g, g, excess, out=weighted).view(base.shape)
         if ctx.needs_input_grad[1]:
             d_x = (d_hidden @ A.to(dtype)).to(x_dtype).view(x_shape)
         if bias is not None and ctx.needs_input_grad[5]:
@@ -266,9 +338,12 @@ class _Compose(torch.autograd.Function):
 
 
 def _factor(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """Return c = m / n in the norms' precision, never exactly 0."""
-    factor = magnitude.flatten().to(norms.dtype) / norms
-    return torch.where(factor.abs() < _SMALLEST_FACTOR, _SMALLEST_FACTOR, factor)
+    """Return c = m / n in the norms' precision; 1 for a row of zeros, which has no direction."""
+    return torch.where(_is_zero(norms), 1, magnitude.flatten().to(norms.dtype) / norms)
+
+
+def _is_zero(norms: Tensor) -> Tensor:
+    return norms <= torch.finfo(norms.dtype).tiny
 
 
 class FastLinear(DoraLinearVariant):
@@ -311,8 +386,8 @@ class _FastConv:
         scale = module.scaling[active_adapter]
         norms = self.cache.norms(module, lora_A.weight, lora_B.weight, scale)
         channels = (-1, *[1] * (result.ndim - 2))
-        magnitude = module.lora_magnitude_vector[active_adapter].weight
-        factor = (magnitude.flatten().to(norms.dtype) / norms).view(channels)
+        factor = _factor(module.lora_magnitude_vector[active_adapter].weight, norms).view(channels)
+        x = module._cast_input_dtype(x, lora_A.weight.dtype)
         branch = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scale
         bias = module.get_base_layer().bias
         if bias is not None:
@@ -346,8 +421,8 @@ class FastEmbedding(DoraEmbeddingVariant):
         A, B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
         scale = module.scaling[active_adapter]
         norms = self.cache.norms(module, A, B, scale)
-        magnitude = module.lora_magnitude_vector[active_adapter].weight
-        factor = (magnitude.flatten().to(norms.dtype) / norms).to(result.dtype)
+        factor = _factor(module.lora_magnitude_vector[active_adapter].weight, norms)
+        factor = factor.to(result.dtype)
         branch = functional.linear(module._embed(x, A.T), B) * scale
         embed_scale = module._get_embed_scale()
         if embed_scale is not None:  # the base layer's output holds it already
@@ -365,6 +440,6 @@ _FAST = {
 
 
 def _fast(variant: Any) -> Any:
-    """Return the fast form of one of PEFT's DoRA variants; a fast one stays."""
-    make = _FAST.get(type(variant))
-    return variant if make is None else make()
+    """Return the fast form of a DoRA variant, PEFT's or fast already, with nothing remembered."""
+    make: Any = _FAST.get(type(variant), type(variant))
+    return make()
