@@ -61,6 +61,24 @@ def row_norms(layer: LoraLayer, weight: Tensor | None = None) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
+def magnitude_factor(magnitude: Tensor, norms: Tensor) -> Tensor:
+    r"""DoRA's factor of each output row, :math:`c_j = m_j / n_j`.
+
+    Args:
+        magnitude: m, ``out`` entries in any shape.
+        norms: n, shape ``(out,)``.
+
+    Returns:
+        c in the norms' precision, shape ``(out,)``; 1 for a row of zeros, which has no direction.
+    """
+    return torch.where(is_zero_row(norms), 1, magnitude.flatten().to(norms.dtype) / norms)
+
+
+def is_zero_row(norms: Tensor) -> Tensor:
+    """Tell which rows are zero, from norms that are kept from being exactly 0."""
+    return norms <= torch.finfo(norms.dtype).tiny
+
+
 def over_rows(layer: LoraLayer, vector: Tensor) -> Tensor:
     """Shape a vector over output features so that it broadcasts against the base weight."""
     shape = [1] * layer.get_base_layer().weight.ndim

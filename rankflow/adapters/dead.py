@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from rankflow.adapters.base_weight import over_rows, row_norms
+from rankflow.adapters.base_weight import magnitude_factor, over_rows, row_norms
 
 
 class DeadVariant(LoraVariant):
@@ -129,10 +129,9 @@ def _empty_factors(
 
 
 def _factor(module: LoraLayer, adapter_name: str, weight: Tensor | None = None) -> Tensor:
-    """Return ``m / ||W||``, shape ``(out,)``; 1 for a row of zeros, which stays zero anyway."""
-    norms = row_norms(module, weight)
-    magnitude = module.lora_magnitude_vector[adapter_name].weight.flatten()
-    return torch.where(norms > torch.finfo(norms.dtype).tiny, magnitude / norms, 1)
+    """Return ``m / ||W||``, shape ``(out,)``."""
+    magnitude = module.lora_magnitude_vector[adapter_name].weight
+    return magnitude_factor(magnitude, row_norms(module, weight))
 
 
 def _merging_factor(module: LoraLayer, adapter_name: str, *, safe_merge: bool) -> Tensor:

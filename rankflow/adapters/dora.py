@@ -35,7 +35,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rankflow.adapters.base_weight import dense_weight, output_axis
+from rankflow.adapters.base_weight import (
+    dense_weight,
+    is_zero_row,
+    magnitude_factor,
+    output_axis,
+)
 from rankflow.adapters.dead import DeadVariant
 from rankflow.adapters.sites import find_sites
 from rankflow.errors import SiteError
@@ -288,7 +293,7 @@ class _Compose(torch.autograd.Function):
         """
         dtype = base.dtype
         inputs = x.flatten(0, -2).to(dtype)  # (tokens, in)
-        factor = _factor(magnitude, norms)
+        factor = magnitude_factor(magnitude, norms)
         # In low precision c - 1 is exact to more digits than c, which is near 1.
         excess = (factor - 1).to(dtype)
         hidden = inputs @ A.to(dtype).T  # (tokens, rank)
@@ -316,7 +321,7 @@ class _Compose(torch.autograd.Function):
         along = weighted.sum(dim=0, dtype=wide) + ctx.scale * (outer * B.to(wide)).sum(dim=1)
         if bias is not None:
             along = along - bias.to(wide) * g.sum(dim=0, dtype=wide)
-        d_magnitude = torch.where(_is_zero(norms), 0, along / norms)
+        d_magnitude = torch.where(is_zero_row(norms), 0, along / norms)
         d_hidden = g @ (B * (ctx.scale * factor).unsqueeze(1)).to(dtype)  # (tokens, rank)
         d_base = d_x = d_bias = None
         if ctx.needs_input_grad[0]:
@@ -335,15 +340,6 @@ class _Compose(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _factor(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """Return c = m / n in the norms' precision; 1 for a row of zeros, which has no direction."""
-    return torch.where(_is_zero(norms), 1, magnitude.flatten().to(norms.dtype) / norms)
-
-
-def _is_zero(norms: Tensor) -> Tensor:
-    return norms <= torch.finfo(norms.dtype).tiny
 
 
 class FastLinear(DoraLinearVariant):
@@ -386,7 +382,8 @@ class _FastConv:
         scale = module.scaling[active_adapter]
         norms = self.cache.norms(module, lora_A.weight, lora_B.weight, scale)
         channels = (-1, *[1] * (result.ndim - 2))
-        factor = _factor(module.lora_magnitude_vector[active_adapter].weight, norms).view(channels)
+        magnitude = module.lora_magnitude_vector[active_adapter].weight
+        factor = magnitude_factor(magnitude, norms).view(channels)
         x = module._cast_input_dtype(x, lora_A.weight.dtype)
         branch = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scale
         bias = module.get_base_layer().bias
@@ -421,8 +418,8 @@ class FastEmbedding(DoraEmbeddingVariant):
         A, B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
         scale = module.scaling[active_adapter]
         norms = self.cache.norms(module, A, B, scale)
-        factor = _factor(module.lora_magnitude_vector[active_adapter].weight, norms)
-        factor = factor.to(result.dtype)
+        magnitude = module.lora_magnitude_vector[active_adapter].weight
+        factor = magnitude_factor(magnitude, norms).to(result.dtype)
         branch = functional.linear(module._embed(x, A.T), B) * scale
         embed_scale = module._get_embed_scale()
         if embed_scale is not None:  # the base layer's output holds it already

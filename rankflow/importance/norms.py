@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankflow.adapters.base_weight import magnitude_factor
 from rankflow.adapters.dora import measure_norms
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
@@ -103,5 +104,5 @@ def _sizes(site: Site) -> Tensor:
     A, B = site.A.flatten(1).float(), site.B.flatten(1).float()
     if site.magnitude is not None:  # DoRA scales each row of the update by m / n
         norms = measure_norms(site.layer, A, B, site.scale)
-        B = B * (site.magnitude.flatten() / norms).unsqueeze(1)
+        B = B * magnitude_factor(site.magnitude, norms).unsqueeze(1)
     return site.scale * A.norm(dim=1) * B.norm(dim=0)

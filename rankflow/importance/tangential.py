@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankflow.adapters.base_weight import base_rows
+from rankflow.adapters.base_weight import base_rows, magnitude_factor
 from rankflow.adapters.dora import measure_norms
 from rankflow.adapters.sites import Site
 
@@ -59,7 +59,7 @@ def _energies(site: Site) -> Tensor:
     if site.magnitude is None:
         return site.scale**2 * lengths * B.square().sum(dim=0)
     norms = measure_norms(site.layer, A, B, site.scale)  # (out,)
-    factor = site.magnitude.flatten() / norms
+    factor = magnitude_factor(site.magnitude, norms)
     # V A^T, with W A^T and the small Gram matrix instead of V
     along = base_rows(site.layer).to(A.dtype) @ A.T + site.scale * (B @ (A @ A.T))  # (out, rank)
     across = (lengths - (along / norms.unsqueeze(1)).square()).clamp_min(0)

@@ -9,7 +9,6 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 from rankflow.adapters.sites import find_sites
-from rankflow.export.card import AdapterFacts
 from rankflow.export.peft import export_adapter
 from rankflow.integrations.huggingface import RankFlowTrainer
 from rankflow.specs.run import RunSpec
@@ -57,7 +56,7 @@ def train(spec: RunSpec, *, console: Console) -> RunResult:
         baseline = job.baseline or _measure_base_model(trainer, job)
         _train_under_bar(trainer, console)
         metrics = _measure(trainer, job)
-        adapter = _export(spec, trainer, metrics, folder / ADAPTER_FOLDER)
+        adapter = _export(trainer, metrics, folder / ADAPTER_FOLDER)
     seconds = time.perf_counter() - began
     result = _sum_up(trainer, job, folder, adapter, baseline, metrics, seconds)
     write_json(
@@ -94,17 +93,10 @@ def _measure(trainer: RankFlowTrainer, job: Job) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(loss)}
 
 
-def _export(spec: RunSpec, trainer: RankFlowTrainer, metrics: dict[str, float], path: Path) -> Path:
+def _export(trainer: RankFlowTrainer, metrics: dict[str, float], path: Path) -> Path:
     flow = trainer.rankflow.flow
     assert flow is not None  # training is over
-    facts = AdapterFacts(
-        spent=flow.spent,
-        target=flow.resolved.target,
-        steps=flow.steps,
-        budget=spec.budget.model_dump(),
-        metrics=metrics,
-    )
-    return export_adapter(trainer.model, path, facts=facts)
+    return export_adapter(trainer.model, path, facts=flow.facts(metrics))
 
 
 def _sum_up(

@@ -42,3 +42,13 @@ def test_a_component_along_the_rows_is_worth_nothing(steer):
     index = 5  # behind 2 of "embed" and 3 of "first"
     assert Tangential(steered.sites).read()[index].item() == pytest.approx(0, abs=1e-15)
     assert Norm(steered.sites).read()[index] > 0.1
+
+
+@pytest.mark.parametrize("score", [Norm, Tangential])
+def test_a_row_of_zeros_with_a_magnitude_leaves_the_scores_finite(score, steer):
+    steered = steer(use_dora=True)
+    site = steered.sites[3]
+    site.layer.get_base_layer().weight.data[1] = 0
+    site.B.data[1] = 0
+    site.magnitude.data[1] = 30
+    assert torch.isfinite(score(steered.sites).read()).all()
