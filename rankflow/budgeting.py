@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from rankflow.allocation.policies import Policy, feasible_range, make_policy
+from rankflow.allocation.pools import magnitudes_at, with_pools
 from rankflow.allocation.scheduler import Scheduler
 from rankflow.allocation.schedules import make_schedule
 from rankflow.errors import BudgetError
-from rankflow.records import ComponentTable, IntArray, SiteInfo
+from rankflow.records import BoolArray, ComponentTable, IntArray, SiteInfo
 from rankflow.specs.budget import BudgetSpec, match_pattern, resolve_steps
 
 # Policies that look at no score; under a constant budget their ranks never change.
@@ -25,6 +26,7 @@ class ResolvedBudget:
         target: Trainable adapter parameters allowed at the end.
         start: Trainable adapter parameters allowed at the first step.
         start_ranks: Rank of each site at the first step, shape ``(S,)``.
+        start_magnitudes: Which sites train a magnitude at the first step, shape ``(S,)``.
         scheduler: Decides the events.
         is_static: Whether the start ranks are the final ones, so that no event is needed.
     """
@@ -33,6 +35,7 @@ class ResolvedBudget:
     target: int
     start: int
     start_ranks: IntArray
+    start_magnitudes: BoolArray
     scheduler: Scheduler
     is_static: bool
 
@@ -56,23 +59,32 @@ def resolve_budget(
 
     Raises:
         BudgetError: The budget is below the minimum ranks or above what the sites can hold, a
-            pattern matches no site, or the steps leave no room to reallocate.
+            pattern matches no site, no site has a magnitude to budget, or the steps leave no room
+            to reallocate.
     """
     _check_patterns(spec, sites)
     target = _target_parameters(spec, sites, base_parameters, bytes_per_parameter)
     start = int(target * spec.start)
+    pools = with_pools(sites)
+    if spec.magnitude == "budgeted" and len(pools) == len(sites):
+        raise BudgetError(
+            "magnitude = 'budgeted' needs DoRA's magnitudes, and this adapter has none; make it "
+            "with LoraConfig(use_dora=True), or leave the key out"
+        )
     for name, limit in (("target", target), ("start", start)):
-        _check_range(name, sites, limit)
-    scheduler = _make_scheduler(spec, sites, start, target, total_steps)
+        _check_range(name, pools, limit)
+    scheduler = _make_scheduler(spec, pools, start, target, total_steps)
     is_static = spec.schedule == "constant" and spec.policy in _BLIND
     policy = scheduler.policy if spec.policy in _BLIND else make_policy("uniform")
     if spec.policy == "frozen":  # it must also fit the least budget of the run
-        _start_ranks(policy, sites, min(start, target))
+        _start_ranks(policy, pools, min(start, target))
+    start_ranks = _start_ranks(policy, pools, start)
     return ResolvedBudget(
         sites=tuple(sites),
         target=target,
         start=start,
-        start_ranks=_start_ranks(policy, sites, start),
+        start_ranks=start_ranks[: len(sites)],
+        start_magnitudes=magnitudes_at(start_ranks, sites),
         scheduler=scheduler,
         is_static=is_static,
     )

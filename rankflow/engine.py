@@ -11,6 +11,7 @@ One event is a straight line, and no call returns upward::
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from torch.optim import Optimizer
 
 from rankflow import surgery
 from rankflow.adapters.base_weight import count_base_parameters
-from rankflow.adapters.dead import translate_state_dicts
 from rankflow.adapters.sites import find_sites
+from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.allocation.demand import estimate_demand
 from rankflow.allocation.policies import plan_from_ranks
@@ -42,8 +43,15 @@ from rankflow.export.card import AdapterFacts
 from rankflow.fairstart import FairStart
 from rankflow.importance.gradients import StepGradients
 from rankflow.importance.norms import Norm
-from rankflow.importance.registry import make_scorer
-from rankflow.records import ComponentTable, IntArray, RankEvent, RankPlan
+from rankflow.importance.registry import make_scorers
+from rankflow.records import (
+    BoolArray,
+    ComponentTable,
+    IntArray,
+    MagnitudeTable,
+    RankEvent,
+    RankPlan,
+)
 from rankflow.specs.budget import BudgetSpec
 
 _EVENTS = TypeAdapter(list[RankEvent])
@@ -98,7 +106,10 @@ class RankFlow:
         check_trainable(model, adapter_name, self._sites)
         self.resolved = resolve_budget(
             budget,
-            [site.describe(*budget.bounds_of(site.name)) for site in self._sites],
+            [
+                site.describe(*budget.bounds_of(site.name), magnitude=budget.magnitude)
+                for site in self._sites
+            ],
             total_steps=total_steps,
             base_parameters=count_base_parameters(model),
             bytes_per_parameter=self._sites[0].A.element_size(),
@@ -109,11 +120,12 @@ class RankFlow:
         self._observed = 0
         self._limit = self.resolved.start
         self._demand = np.zeros(len(self._sites))
+        self._promise = np.zeros(len(self._sites))
         self._optimizer: Optimizer | None = None
         self._gradients = StepGradients(self._sites)
         self._fair_start = FairStart(self._sites)
         if resume is None:
-            self._resize_in_place(self.resolved.start_ranks)
+            self._resize_in_place(self.resolved.start_ranks, self.resolved.start_magnitudes)
         else:
             self.load_state_dict(resume)
 
@@ -158,7 +170,9 @@ class RankFlow:
         """
         if not self.resolved.is_static:
             accept = self._gradients.accept()
-            self._scorer.observe(self._gradients.unclip(loss_scale), accept)
+            unclip = self._gradients.unclip(loss_scale)
+            for scorer in self._scorers.values():
+                scorer.observe(unclip, accept)
         self._observed += 1
 
     def step(self, optimizer: Optimizer) -> RankEvent | None:
@@ -255,8 +269,15 @@ class RankFlow:
             "limit": self._limit,
             "ages": self._ages.tolist(),
             "demand": self._demand.tolist(),
+            "magnitudes": self._magnitudes_on().tolist(),
+            "magnitude_ages": self._magnitude_ages.tolist(),
+            "promise": self._promise.tolist(),
             "young": [list(steps) for steps in self._fair_start.steps],
-            "scorer": {key: value.clone() for key, value in self._scorer.state().items()},
+            "scorer": {
+                f"{what}.{key}": value.clone()
+                for what, scorer in self._scorers.items()
+                for key, value in scorer.state().items()
+            },
             "history": _EVENTS.dump_python(self.history, mode="json"),
         }
 
@@ -273,25 +294,35 @@ class RankFlow:
             CheckpointError: The state belongs to another model, budget or length of run.
         """
         self._check_state(state)
-        self._resize_in_place(np.array([state["ranks"][s.name] for s in self._sites]))
+        self._resize_in_place(
+            np.array([state["ranks"][s.name] for s in self._sites]), np.array(state["magnitudes"])
+        )
         self._steps, self._observed = state["steps"], state["observed"]
         self._limit = state["limit"]
         self._ages = np.array(state["ages"], dtype=np.int64)
         self._demand = np.array(state["demand"])
+        self._magnitude_ages = np.array(state["magnitude_ages"], dtype=np.int64)
+        self._promise = np.array(state["promise"])
         self._fair_start.steps = [list(steps) for steps in state["young"]]
-        self._scorer.load(state["scorer"])
+        for what, scorer in self._scorers.items():
+            start = f"{what}."
+            tensors = state["scorer"].items()
+            scorer.load({k.removeprefix(start): v for k, v in tensors if k.startswith(start)})
         self.history = _EVENTS.validate_python(state["history"])
 
-    def _resize_in_place(self, ranks: IntArray) -> None:
-        """Bring untrained sites to the given ranks, and start all tracking afresh."""
-        old = sum(site.rank for site in self._sites)
-        table = self._survey(Norm(self._sites).read(), np.zeros(old, dtype=np.int64))
-        surgery.resize_in_place(self._sites, plan_from_ranks(table, ranks), self._generator(0))
+    def _resize_in_place(self, ranks: IntArray, magnitudes: BoolArray) -> None:
+        """Bring untrained sites to ranks and magnitudes, and start all tracking afresh."""
+        old = np.array([site.rank for site in self._sites])
+        scores = Norm(self._sites).read().to("cpu", torch.float64).numpy()
+        table = ComponentTable(
+            self.resolved.sites, old, scores, np.zeros(old.sum(), np.int64), np.zeros(len(old))
+        )
+        plan = replace(plan_from_ranks(table, ranks), magnitudes=magnitudes)
+        surgery.resize_in_place(self._sites, plan, self._generator(0), self.budget.renormalise)
         sync_config(self.model, self.adapter_name, self._sites)
         self._ages = np.full(ranks.sum(), self.budget.protect, dtype=np.int64)
-        self._scorer = make_scorer(
-            self.budget.score, self._sites, decay=self.budget.decay, seed=self.budget.seed
-        )
+        self._magnitude_ages = np.full(len(ranks), self.budget.protect, dtype=np.int64)
+        self._scorers = make_scorers(self.budget, self._sites)
         self._fair_start.restart()
         self._gradients.watch(self._sites)
         self._optimizer = None
@@ -299,9 +330,15 @@ class RankFlow:
     def _reallocate(self, step: int) -> RankEvent:
         began = time.perf_counter()
         scheduler, index = self.resolved.scheduler, len(self.history)
-        table = self._survey(self._scorer.read(), self._ages)
+        table = self._survey()
         plan = scheduler.plan(table, step)
-        surgery.resize(self._sites, plan, self._optimizer, self._generator(index + 1))
+        surgery.resize(
+            self._sites,
+            plan,
+            self._optimizer,
+            self._generator(index + 1),
+            self.budget.renormalise,
+        )
         self._follow(table, plan)
         self._limit = scheduler.budget_at(step)
         seconds = time.perf_counter() - began
@@ -312,24 +349,40 @@ class RankFlow:
             sink(event)
         return event
 
-    def _survey(self, scores: Tensor, ages: IntArray) -> ComponentTable:
+    def _survey(self) -> ComponentTable:
         """Bring what is known to the host: the one copy of an event."""
         ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
-        values = scores.to("cpu", torch.float64).numpy()
-        mature = ages >= self.budget.protect
-        demand = estimate_demand(ranks, values, mature, self._demand)
-        return ComponentTable(self.resolved.sites, ranks, values, ages, demand)
+        read = torch.cat([scorer.read() for scorer in self._scorers.values()])
+        values = read.to("cpu", torch.float64).numpy()
+        scores, magnitude_scores = np.split(values, [ranks.sum()])
+        mature = self._ages >= self.budget.protect
+        demand = estimate_demand(ranks, scores, mature, self._demand)
+        magnitudes = None
+        if len(magnitude_scores) > 0:
+            on = self._magnitudes_on()
+            promise = np.where(on, magnitude_scores, self._promise)
+            magnitudes = MagnitudeTable(on, promise, self._magnitude_ages)
+        return ComponentTable(self.resolved.sites, ranks, scores, self._ages, demand, magnitudes)
 
     def _follow(self, table: ComponentTable, plan: RankPlan) -> None:
         """Let everything that is tracked follow the components through a resize."""
+        home = self._sites[0].A.device
         sources = plan.sources(table.ranks)
-        newborn = sources < 0
-        self._scorer.reindex(self._sites, torch.from_numpy(sources).to(self._sites[0].A.device))
-        self._ages = np.where(newborn, 0, table.ages[sources] + 1)
+        self._scorers["components"].reindex(self._sites, torch.from_numpy(sources).to(home))
+        self._ages = np.where(sources < 0, 0, table.ages[sources] + 1)
         self._demand = table.demand
+        if table.magnitudes is not None and plan.magnitudes is not None:
+            stayed = table.magnitudes.on & plan.magnitudes
+            kept = torch.from_numpy(np.where(stayed, np.arange(len(stayed)), -1)).to(home)
+            self._scorers["magnitudes"].reindex(self._sites, kept)
+            self._magnitude_ages = np.where(stayed, table.magnitudes.ages + 1, 0)
+            self._promise = table.magnitudes.scores
         self._fair_start.follow(plan)
         self._gradients.watch(self._sites)
         sync_config(self.model, self.adapter_name, self._sites)
+
+    def _magnitudes_on(self) -> BoolArray:
+        return np.array([site.magnitude is not None for site in self._sites], dtype=np.bool_)
 
     def _generator(self, index: int) -> torch.Generator:
         """Return the generator of one event's newborn directions, equal in every process."""

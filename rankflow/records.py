@@ -7,7 +7,7 @@ Components are flattened in site order: first all components of site 0, then tho
 A table of ranks ``(2, 0, 1)`` has three components, whose site indices are ``(0, 0, 2)``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -30,9 +30,10 @@ class SiteInfo:
         in_features: Columns of the matrix view (convolution: ``in_channels * kh * kw``;
             embedding: the vocabulary).
         out_features: Rows of the matrix view (embedding: the embedding's width).
-        has_magnitude: Whether the site trains a DoRA magnitude, one entry per output row.
+        has_magnitude: Whether the site may train a DoRA magnitude, one entry per output row.
         min_rank: Smallest rank that the budget spec allows here.
         max_rank: Largest rank that the budget spec and the matrix allow here.
+        is_budgeted: Whether the budget may take and give the magnitude; else it is always there.
     """
 
     name: str
@@ -42,6 +43,7 @@ class SiteInfo:
     has_magnitude: bool
     min_rank: int
     max_rank: int
+    is_budgeted: bool = False
 
     @property
     def component_cost(self) -> int:
@@ -50,8 +52,23 @@ class SiteInfo:
 
     @property
     def fixed_cost(self) -> int:
-        """Trainable parameters that the site holds at rank 0: its magnitude, if it has one."""
-        return self.out_features if self.has_magnitude else 0
+        """Trainable parameters that no plan can take: a magnitude that is always there."""
+        return self.out_features if self.has_magnitude and not self.is_budgeted else 0
+
+
+@dataclass(frozen=True, slots=True)
+class MagnitudeTable:
+    """What is known of every budgeted magnitude at one moment; zeros at sites without one.
+
+    Attributes:
+        on: Which sites train theirs, shape ``(S,)``.
+        scores: What each is worth, or promises where it is off, shape ``(S,)``.
+        ages: Events that each has lived through since it was turned on, shape ``(S,)``.
+    """
+
+    on: BoolArray
+    scores: FloatArray
+    ages: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +81,7 @@ class ComponentTable:
         scores: Worth of each component, higher stays, shape ``(C,)`` with ``C = ranks.sum()``.
         ages: Events that each component has lived through since its birth, shape ``(C,)``.
         demand: Estimated score of one more component at each site, shape ``(S,)``.
+        magnitudes: The magnitudes, if the budget covers them.
     """
 
     sites: tuple[SiteInfo, ...]
@@ -71,6 +89,7 @@ class ComponentTable:
     scores: FloatArray
     ages: IntArray
     demand: FloatArray
+    magnitudes: MagnitudeTable | None = None
 
     @property
     def site_index(self) -> IntArray:
@@ -84,7 +103,7 @@ class ComponentTable:
 
     @property
     def fixed_cost(self) -> int:
-        """Trainable parameters that no plan can remove: the magnitudes of all sites."""
+        """Trainable parameters that no plan can take, over all sites."""
         return sum(site.fixed_cost for site in self.sites)
 
     @property
@@ -97,9 +116,16 @@ class ComponentTable:
         """Largest allowed rank of each site, shape ``(S,)``."""
         return np.array([site.max_rank for site in self.sites], dtype=np.int64)
 
-    def cost_of(self, ranks: IntArray) -> int:
-        """Trainable adapter parameters at the given ranks, shape ``(S,)``."""
-        return self.fixed_cost + int(self.component_costs @ ranks)
+    def cost_of(self, ranks: IntArray, magnitudes: BoolArray | None = None) -> int:
+        """Trainable adapter parameters at these ranks and budgeted magnitudes, each ``(S,)``."""
+        on = 0 if magnitudes is None else int(self.magnitude_costs @ magnitudes)
+        return self.fixed_cost + int(self.component_costs @ ranks) + on
+
+    @property
+    def magnitude_costs(self) -> IntArray:
+        """Trainable parameters of a budgeted magnitude at each site, shape ``(S,)``."""
+        costs = [site.out_features if site.is_budgeted else 0 for site in self.sites]
+        return np.array(costs, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +135,13 @@ class RankPlan:
     Attributes:
         keep: For each site, the ascending indices of its components that stay.
         births: For each site, the number of new components, shape ``(S,)``.
+        magnitudes: Which sites train a magnitude from now on, shape ``(S,)``; None leaves all as
+            they are.
     """
 
     keep: tuple[IntArray, ...]
     births: IntArray
+    magnitudes: BoolArray | None = None
 
     @property
     def ranks(self) -> IntArray:
@@ -143,17 +172,18 @@ class RankPlan:
 
 @dataclass(frozen=True, slots=True)
 class ComponentChange:
-    """One component that an event removed or gave birth to.
+    """One component, or one magnitude, that an event removed or gave birth to.
 
     Attributes:
         site: The site's name.
-        component: Its index in the site, before the event if pruned and after it if born.
+        component: Its index in the site, before the event if pruned and after it if born; None
+            for the site's magnitude.
         score: Its score if pruned; the demand that called for it if born.
         reason: Why, in a few words.
     """
 
     site: str
-    component: int
+    component: int | None
     score: float
     reason: str
 
@@ -171,9 +201,11 @@ class RankEvent:
         ranks_before: Rank of each site before the event, by site name.
         ranks: Rank of each site after it, by site name.
         importance: Sum of the scores of each site's components before the event, by site name.
-        pruned: The components removed.
-        born: The components added.
+        pruned: The components and magnitudes removed.
+        born: The components and magnitudes added.
         seconds: Wall time of the event.
+        magnitudes: Whether each site trains a magnitude after it, by site name; empty if the
+            budget does not cover them.
     """
 
     index: int
@@ -187,3 +219,4 @@ class RankEvent:
     pruned: tuple[ComponentChange, ...]
     born: tuple[ComponentChange, ...]
     seconds: float
+    magnitudes: dict[str, bool] = field(default_factory=dict)

@@ -13,13 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rankflow.adapters.base_weight import magnitude_factor
+from rankflow.adapters.dora import measure_norms
+from rankflow.adapters.magnitude import empty_magnitude, neutral_magnitude
 from rankflow.adapters.sites import Site
 from rankflow.errors import SurgeryError
 from rankflow.records import IntArray, RankPlan
+from rankflow.specs.budget import Renormalise
 
 # Factored second moments (Adafactor) and the axis of the parameter that each lacks, counted from
 # the end; torch keeps the lacking axis with size 1, transformers drops it.
@@ -38,41 +43,81 @@ class _Replacement:
 
 @dataclass(frozen=True, slots=True)
 class _SiteChange:
+    """All that changes at one site; the magnitude may stay."""
+
     site: Site
     A: _Replacement
     B: _Replacement
+    magnitude: _Replacement | None
+
+    @property
+    def replacements(self) -> list[_Replacement]:
+        return [r for r in (self.A, self.B, self.magnitude) if r is not None]
+
+    def install(self, *, new: bool) -> None:
+        """Put the new parameters into the site, or the old ones back."""
+        self.site.install(*(r.new if new else r.old for r in self.replacements))
+
+
+@dataclass(frozen=True, slots=True)
+class _SitePlan:
+    """A plan's part for one site."""
+
+    site: Site
+    keep: IntArray
+    births: int
+    magnitude: bool  # whether the site trains one afterwards
+
+    @property
+    def changes_rank(self) -> bool:
+        return len(self.keep) < self.site.rank or self.births > 0
+
+    @property
+    def changes_magnitude(self) -> bool:
+        return self.magnitude != (self.site.magnitude is not None)
 
 
 def resize(
-    sites: Sequence[Site], plan: RankPlan, optimizer: Optimizer | None, generator: torch.Generator
+    sites: Sequence[Site],
+    plan: RankPlan,
+    optimizer: Optimizer | None,
+    generator: torch.Generator,
+    renormalise: Renormalise = "keep-scale",
 ) -> None:
     """Carry out a plan on the sites and on the optimizer's state, wholly or not at all.
 
     Survivors keep their values and their optimizer state. A newborn's row of A is orthogonal to the
     site's live rows and has the norm of PEFT's own initialisation, and its column of B is zero, so
-    the function stays what it was (for embeddings the roles are swapped, as in PEFT).
+    the function stays what it was (for embeddings the roles are swapped, as in PEFT). A magnitude
+    that is turned on starts at the norm, which changes nothing either.
 
     Args:
         sites: The sites, in the plan's order.
         plan: What to keep and how many to add, for each site.
         optimizer: The optimizer that trains the adapters, or None if there is none.
         generator: A CPU generator for the newborns' directions.
+        renormalise: What a magnitude does when its site loses components; see ``BudgetSpec``.
 
     Raises:
         SurgeryError: The plan does not fit the sites, or the optimizer holds state that cannot be
             resized; nothing was changed.
     """
-    _check_plan(sites, plan)
+    parts = _split_plan(sites, plan)
     places = {} if optimizer is None else _places(optimizer)
     changes = [
-        _build(site, keep, int(births), optimizer, places, generator)
-        for site, keep, births in zip(sites, plan.keep, plan.births, strict=True)
-        if len(keep) < site.rank or births > 0
+        _build(part, optimizer, places, generator, renormalise)
+        for part in parts
+        if part.changes_rank or part.changes_magnitude
     ]
     _commit(changes, optimizer)
 
 
-def resize_in_place(sites: Sequence[Site], plan: RankPlan, generator: torch.Generator) -> None:
+def resize_in_place(
+    sites: Sequence[Site],
+    plan: RankPlan,
+    generator: torch.Generator,
+    renormalise: Renormalise = "keep-scale",
+) -> None:
     """Carry out a plan before training, keeping the identity of every parameter.
 
     An optimizer made earlier goes on holding the same objects. It must not have taken a step yet.
@@ -81,20 +126,25 @@ def resize_in_place(sites: Sequence[Site], plan: RankPlan, generator: torch.Gene
         sites: The sites, in the plan's order.
         plan: What to keep and how many to add, for each site.
         generator: A CPU generator for the newborns' directions.
+        renormalise: What a magnitude does when its site loses components; see ``BudgetSpec``.
 
     Raises:
         SurgeryError: The plan does not fit the sites.
     """
-    _check_plan(sites, plan)
-    for site, keep, births in zip(sites, plan.keep, plan.births, strict=True):
-        if len(keep) == site.rank and births == 0:
+    for part in _split_plan(sites, plan):
+        if not (part.changes_rank or part.changes_magnitude):
             continue
-        A, B = site.A, site.B
-        new_A, new_B = _new_factors(site, keep, int(births), generator)
-        for parameter, data in ((A, new_A), (B, new_B)):
+        site = part.site
+        A, B, magnitude = site.A, site.B, site.magnitude_slot
+        new_A, new_B = _new_factors(part, generator)
+        data = [(A, new_A), (B, new_B)]
+        if magnitude is not None:
+            new_magnitude = _new_magnitude(part, new_A, new_B, renormalise)
+            data.append((magnitude, magnitude.data if new_magnitude is None else new_magnitude))
+        for parameter, new in data:
             parameter.grad = None
-            parameter.data = data
-        site.install(A, B)
+            parameter.data = new
+        site.install(A, B, magnitude)
 
 
 def check_state(site: Site, optimizer: Optimizer) -> None:
@@ -121,28 +171,45 @@ def check_state(site: Site, optimizer: Optimizer) -> None:
                 )
 
 
-def _check_plan(sites: Sequence[Site], plan: RankPlan) -> None:
-    if not len(sites) == len(plan.keep) == len(plan.births):
+def _split_plan(sites: Sequence[Site], plan: RankPlan) -> list[_SitePlan]:
+    """Check a plan against the sites, and hand out its parts."""
+    magnitudes = plan.magnitudes
+    if magnitudes is None:
+        magnitudes = np.array([site.magnitude is not None for site in sites], dtype=np.bool_)
+    if not len(sites) == len(plan.keep) == len(plan.births) == len(magnitudes):
         raise SurgeryError(
             f"the plan speaks of {len(plan.keep)} sites and the model has {len(sites)}"
         )
-    for site, keep, births in zip(sites, plan.keep, plan.births, strict=True):
-        valid = bool(
-            births >= 0
-            and (keep[:-1] < keep[1:]).all()
-            and ((keep >= 0) & (keep < site.rank)).all()
+    parts = [
+        _SitePlan(site, keep, int(births), bool(on))
+        for site, keep, births, on in zip(sites, plan.keep, plan.births, magnitudes, strict=True)
+    ]
+    for part in parts:
+        _check_part(part)
+    return parts
+
+
+def _check_part(part: _SitePlan) -> None:
+    site, keep, births = part.site, part.keep, part.births
+    valid = bool(
+        births >= 0 and (keep[:-1] < keep[1:]).all() and ((keep >= 0) & (keep < site.rank)).all()
+    )
+    if not valid:
+        raise SurgeryError(
+            f"the plan for site {site.name!r} of rank {site.rank} is not valid: "
+            f"keep {keep.tolist()}, births {births}; indices must ascend within the rank"
         )
-        if not valid:
-            raise SurgeryError(
-                f"the plan for site {site.name!r} of rank {site.rank} is not valid: "
-                f"keep {keep.tolist()}, births {int(births)}; indices must ascend within the rank"
-            )
-        largest = min(site.in_features, site.out_features)
-        if len(keep) + births > largest:
-            raise SurgeryError(
-                f"site {site.name!r} cannot hold rank {len(keep) + int(births)}: "
-                f"its matrix has rank {largest} at most"
-            )
+    largest = min(site.in_features, site.out_features)
+    if len(keep) + births > largest:
+        raise SurgeryError(
+            f"site {site.name!r} cannot hold rank {len(keep) + births}: "
+            f"its matrix has rank {largest} at most"
+        )
+    if part.magnitude and site.magnitude_slot is None:
+        raise SurgeryError(
+            f"the plan gives site {site.name!r} a magnitude, and its adapter is plain LoRA; "
+            "make it with LoraConfig(use_dora=True)"
+        )
 
 
 def _places(optimizer: Optimizer) -> dict[nn.Parameter, tuple[int, int]]:
@@ -154,50 +221,57 @@ def _places(optimizer: Optimizer) -> dict[nn.Parameter, tuple[int, int]]:
 
 
 def _build(
-    site: Site,
-    keep: IntArray,
-    births: int,
+    part: _SitePlan,
     optimizer: Optimizer | None,
     places: dict[nn.Parameter, tuple[int, int]],
     generator: torch.Generator,
+    renormalise: Renormalise,
 ) -> _SiteChange:
-    new_A, new_B = _new_factors(site, keep, births, generator)
-    return _SiteChange(
-        site,
-        _replace(site, site.A, new_A, 0, keep, births, optimizer, places),
-        _replace(site, site.B, new_B, 1, keep, births, optimizer, places),
-    )
+    site = part.site
+    new_A, new_B = _new_factors(part, generator)
+    factors = [
+        _replace(site, old, data, _factor_state(part, old, axis, optimizer), optimizer, places)
+        for old, data, axis in ((site.A, new_A, 0), (site.B, new_B, 1))
+    ]
+    magnitude = None
+    data = _new_magnitude(part, new_A, new_B, renormalise)
+    if data is not None:
+        old = site.magnitude_slot
+        assert old is not None
+        # One that goes, or comes anew, has no moments; one that is rescaled keeps them.
+        state = None if optimizer is None or part.changes_magnitude else optimizer.state.get(old)
+        magnitude = _replace(site, old, data, state, optimizer, places)
+    return _SiteChange(site, factors[0], factors[1], magnitude)
 
 
 def _replace(
     site: Site,
     old: nn.Parameter,
     data: Tensor,
-    rank_axis: int,
-    keep: IntArray,
-    births: int,
+    state: dict[str, Any] | None,
     optimizer: Optimizer | None,
     places: dict[nn.Parameter, tuple[int, int]],
 ) -> _Replacement:
     new = nn.Parameter(data, requires_grad=old.requires_grad)
-    if optimizer is None:
-        return _Replacement(old, new, None, None)
-    if old not in places:
-        if old.requires_grad:
-            raise SurgeryError(
-                f"the optimizer does not train the adapter of site {site.name!r}; build it from "
-                "the model's trainable parameters, and pass flow.step() that optimizer"
-            )
-        return _Replacement(old, new, None, None)
-    state = optimizer.state.get(old)
-    resized = None
-    if state and len(keep) > 0:
-        kept = torch.as_tensor(keep, device=old.device)
-        resized = {
-            key: _resize_state(site, key, value, old, rank_axis, kept, births)
-            for key, value in state.items()
-        }
-    return _Replacement(old, new, resized, places[old])
+    if optimizer is not None and old.requires_grad and old not in places:
+        raise SurgeryError(
+            f"the optimizer does not train the adapter of site {site.name!r}; build it from "
+            "the model's trainable parameters, and pass flow.step() that optimizer"
+        )
+    return _Replacement(old, new, state, places.get(old))
+
+
+def _factor_state(
+    part: _SitePlan, old: nn.Parameter, rank_axis: int, optimizer: Optimizer | None
+) -> dict[str, Any] | None:
+    state = None if optimizer is None else optimizer.state.get(old)
+    if not state or len(part.keep) == 0:
+        return None
+    kept = torch.as_tensor(part.keep, device=old.device)
+    return {
+        key: _resize_state(part.site, key, value, old, rank_axis, kept, part.births)
+        for key, value in state.items()
+    }
 
 
 def _resize_state(
@@ -240,11 +314,10 @@ def _grow(value: Tensor, axis: int, births: int) -> Tensor:
     return torch.cat([value, value.new_zeros(shape)], dim=axis)
 
 
-def _new_factors(
-    site: Site, keep: IntArray, births: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _new_factors(part: _SitePlan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return A and B with the kept components followed by the newborns."""
-    kept = torch.as_tensor(keep, device=site.A.device)
+    site, births = part.site, part.births
+    kept = torch.as_tensor(part.keep, device=site.A.device)
     A = site.A.detach().index_select(0, kept)
     B = site.B.detach().index_select(1, kept)
     if births == 0:
@@ -255,6 +328,27 @@ def _new_factors(
     # PEFT draws A from U(-1/sqrt(in), 1/sqrt(in)): rows of norm 1/sqrt(3).
     rows = orthogonal_rows(A.flatten(1), births, 1 / math.sqrt(3), generator)
     return torch.cat([A, rows.view(births, *A.shape[1:])]), _grow(B, 1, births)
+
+
+def _new_magnitude(
+    part: _SitePlan, new_A: Tensor, new_B: Tensor, renormalise: Renormalise
+) -> Tensor | None:
+    """Return the magnitude beside the new factors, empty if it goes; None if it stays as it is."""
+    site = part.site
+    slot = site.magnitude_slot
+    if slot is None or (site.magnitude is None and not part.magnitude):
+        return None
+    if not part.magnitude:
+        return empty_magnitude(slot)
+    if part.changes_magnitude:
+        return neutral_magnitude(site.layer, site.adapter_name, new_A, new_B)
+    if renormalise == "none" or len(part.keep) == site.rank:
+        return None
+    factor = magnitude_factor(
+        slot.detach(), measure_norms(site.layer, site.A, site.B, site.scale)
+    )  # m / n
+    norms = neutral_magnitude(site.layer, site.adapter_name, new_A, new_B)
+    return (factor.view(norms.shape) * norms).to(slot.dtype)
 
 
 def orthogonal_rows(live: Tensor, births: int, norm: float, generator: torch.Generator) -> Tensor:
@@ -282,13 +376,13 @@ def _commit(changes: Sequence[_SiteChange], optimizer: Optimizer | None) -> None
     try:
         for change in changes:
             done.append(change)
-            change.site.install(change.A.new, change.B.new)
-            for replacement in (change.A, change.B):
+            change.install(new=True)
+            for replacement in change.replacements:
                 _rekey(optimizer, replacement)
     except BaseException:
         for change in done:
-            change.site.install(change.A.old, change.B.old)
-            for replacement in (change.A, change.B):
+            change.install(new=False)
+            for replacement in change.replacements:
                 _set_in_group(optimizer, replacement, replacement.old)
         if optimizer is not None:
             optimizer.state.clear()

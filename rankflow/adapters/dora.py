@@ -42,7 +42,7 @@ from rankflow.adapters.base_weight import (
     output_axis,
 )
 from rankflow.adapters.dead import DeadVariant
-from rankflow.adapters.sites import find_sites
+from rankflow.adapters.sites import Site, find_sites
 from rankflow.errors import SiteError
 
 # Small enough for a core's cache; a GPU wants few launches instead.
@@ -247,6 +247,18 @@ def measure_norms(
             axis=output_axis(layer),
             squares=squares,
         )
+
+
+def norms_of(site: Site) -> Tensor:
+    """Return the norm of each output row of a DoRA site's ``W + s B A`` now, shape ``(out,)``.
+
+    The fast forward has measured it already.
+    """
+    A, B, scale = site.A, site.B, site.scale
+    variant = site.layer.lora_variant.get(site.adapter_name)
+    if isinstance(variant, FastLinear | _FastConv | FastEmbedding):
+        return variant.cache.norms(site.layer, A, B, scale)
+    return measure_norms(site.layer, A, B, scale)
 
 
 def _own_precision(tensor: Tensor) -> AbstractContextManager[None]:

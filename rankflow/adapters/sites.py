@@ -16,7 +16,7 @@ embedding   ``(rank, vocabulary)``        ``(width, rank)``
 
 import math
 
-from peft import PeftModel, PeftType
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant, MultiheadAttention, ParamWrapper
 from peft.tuners.lora.variants import (
@@ -31,6 +31,7 @@ from torch import nn
 from rankflow.adapters.dead import DeadVariant
 from rankflow.errors import SiteError
 from rankflow.records import SiteInfo, SiteKind
+from rankflow.specs.budget import MagnitudeMode
 
 _SUPPORTED_VARIANTS = (
     DeadVariant,
@@ -76,7 +77,13 @@ class Site:
 
     @property
     def magnitude(self) -> nn.Parameter | None:
-        """DoRA's magnitude, ``out_features`` entries, or None for plain LoRA."""
+        """DoRA's magnitude, ``out_features`` entries, or None where the site computes as LoRA."""
+        slot = self.magnitude_slot
+        return slot if slot is not None and slot.numel() > 0 else None
+
+    @property
+    def magnitude_slot(self) -> nn.Parameter | None:
+        """The place of DoRA's magnitude, empty where it is turned off; None for plain LoRA."""
         if self.adapter_name not in self.layer.lora_magnitude_vector:
             return None
         return self.layer.lora_magnitude_vector[self.adapter_name].weight
@@ -107,25 +114,46 @@ class Site:
         magnitude = self.magnitude
         return self.A.numel() + self.B.numel() + (0 if magnitude is None else magnitude.numel())
 
-    def describe(self, min_rank: int = 0, max_rank: int | None = None) -> SiteInfo:
-        """Return the site's facts, with bounds on its rank cut to what the matrix can hold."""
+    def describe(
+        self,
+        min_rank: int = 0,
+        max_rank: int | None = None,
+        *,
+        magnitude: MagnitudeMode = "always",
+    ) -> SiteInfo:
+        """Return the site's facts, with bounds on its rank cut to what the matrix can hold.
+
+        Args:
+            min_rank: Smallest rank that the budget allows.
+            max_rank: Largest rank that it allows; None for no bound.
+            magnitude: What the budget does with DoRA's magnitudes.
+        """
+        has_magnitude = self.magnitude_slot is not None and magnitude != "never"
         largest = min(self.in_features, self.out_features)
         return SiteInfo(
             name=self.name,
             kind=self.kind,
             in_features=self.in_features,
             out_features=self.out_features,
-            has_magnitude=self.magnitude is not None,
+            has_magnitude=has_magnitude,
             min_rank=min(min_rank, largest),
             max_rank=largest if max_rank is None else min(max_rank, largest),
+            is_budgeted=has_magnitude and magnitude == "budgeted",
         )
 
-    def install(self, A: nn.Parameter, B: nn.Parameter) -> None:
-        """Put new factors of one rank in place, and keep PEFT's own record of the rank in step.
+    def install(
+        self, A: nn.Parameter, B: nn.Parameter, magnitude: nn.Parameter | None = None
+    ) -> None:
+        """Put new parameters in place, and keep PEFT's own record of the rank in step.
 
         ``r``, ``lora_alpha`` and ``scaling`` stay consistent, so that PEFT's ``set_scale`` and
         ``unscale_layer`` do not rescale the adapter later. A dead site is recorded with ``r = 1``,
         since PEFT divides by it.
+
+        Args:
+            A: Right factor.
+            B: Left factor, of the same rank.
+            magnitude: DoRA's magnitude, empty to turn it off; None for the one that it has.
         """
         rank = A.shape[0]
         if self.kind == "embedding":
@@ -138,18 +166,24 @@ class Site:
         self.layer.r[self.adapter_name] = nominal
         self.layer.lora_alpha[self.adapter_name] = self.scale * nominal
         self.layer.use_rslora[self.adapter_name] = False
-        self._set_dead(rank == 0)
+        if magnitude is not None:
+            self.layer.lora_magnitude_vector[self.adapter_name].weight = magnitude
+        self._set_variant()
 
-    def _set_dead(self, dead: bool) -> None:
+    def _set_variant(self) -> None:
+        """Let PEFT compute what the site is now: dead, DoRA or plain LoRA."""
         variants: dict[str, LoraVariant] = self.layer.lora_variant
-        current = variants.get(self.adapter_name)
-        if dead and not isinstance(current, DeadVariant):
-            variants[self.adapter_name] = DeadVariant(revived=current)
-        elif not dead and isinstance(current, DeadVariant):
-            if current.revived is None:
-                del variants[self.adapter_name]
-            else:
-                variants[self.adapter_name] = current.revived
+        variant = variants.pop(self.adapter_name, None)
+        if isinstance(variant, DeadVariant):
+            variant = variant.revived
+        if self.magnitude is None:
+            variant = None  # PEFT's own LoRA
+        elif variant is None:
+            variant = self.layer.resolve_lora_variant(config=LoraConfig(use_dora=True))
+        if self.rank == 0:
+            variant = DeadVariant(revived=variant)
+        if variant is not None:
+            variants[self.adapter_name] = variant
 
 
 def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[Site, ...]:

@@ -39,7 +39,8 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     """Write the sites' ranks and scales into the adapter's live ``LoraConfig``.
 
     A dead LoRA site is left out, and a dead DoRA site is described with the one component of zeros
-    that its state dict holds (see ``rankflow.adapters.dead``).
+    that its state dict holds (see ``rankflow.adapters.state_dicts``). Where no site has a magnitude
+    left, the adapter is plain LoRA.
 
     Args:
         model: The model whose config is updated.
@@ -56,6 +57,9 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     config.alpha_pattern = {_exactly(name): alpha for name, alpha in alphas.items()}
     config.target_modules = _targets(ranks, model.get_base_model())
     config.use_rslora = False
+    config.use_dora = any(site.magnitude is not None for site in sites)
+    for site in sites:  # a state dict holds all magnitudes or none
+        site.layer.use_dora[site.adapter_name] = config.use_dora
     config.init_lora_weights = True  # some others demand an even rank when the adapter is loaded
     config.exclude_modules = None
     config.layers_to_transform = None

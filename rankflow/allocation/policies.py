@@ -21,8 +21,9 @@ if one is not a finite number of at least 0.
 ... )
 >>> threshold(table, 24), knapsack(table, 24), proportional(table, 24), uniform(table, 24)
 (array([1, 1]), array([1, 1]), array([2, 0]), array([1, 1]))
->>> plan_from_ranks(table, np.array([1, 3]))
-RankPlan(keep=(array([0]), array([0, 1])), births=array([0, 1]))
+>>> plan = plan_from_ranks(table, np.array([1, 3]))
+>>> plan.keep, plan.births
+((array([0]), array([0, 1])), array([0, 1]))
 """
 
 from bisect import bisect_right

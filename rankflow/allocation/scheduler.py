@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rankflow.allocation.policies import Policy, plan_from_ranks
+from rankflow.allocation.pools import pool_magnitudes, unpool_plan
 from rankflow.records import ComponentTable, FloatArray, IntArray, RankPlan
 
 
@@ -61,7 +62,7 @@ class Scheduler:
         """Decide one event.
 
         Args:
-            table: All live components and what they are worth.
+            table: All live components, and magnitudes if the budget covers them.
             step: Optimizer steps taken.
 
         Returns:
@@ -71,13 +72,15 @@ class Scheduler:
             BudgetError: The budget is below the cost of the minimum ranks.
         """
         limit = self.budget_at(step)
-        allowance = self._allowance(table, step, limit)
-        guarded = _protect_young(table, self.protect, limit)
-        candidates = _choose_candidates(table, allowance)
-        promised = np.nextafter(table.demand / (1 + self.hysteresis), 0)  # the living win a tie
+        pooled = pool_magnitudes(table)
+        allowance = self._allowance(pooled, step, limit)
+        guarded = _protect_young(pooled, self.protect, limit)
+        candidates = _choose_candidates(pooled, allowance)
+        promised = np.nextafter(pooled.demand / (1 + self.hysteresis), 0)  # the living win a tie
         offer = _offer(guarded, candidates, promised)
         target = self.policy(offer, limit)
-        return plan_from_ranks(guarded, _moderate(table, target, allowance, limit))
+        plan = plan_from_ranks(guarded, _moderate(pooled, target, allowance, limit))
+        return unpool_plan(plan, table)
 
     def _allowance(self, table: ComponentTable, step: int, limit: int) -> int:
         """Parameters that newborns may take: what is free, and the share that may move."""

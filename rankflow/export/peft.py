@@ -12,8 +12,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rankflow.adapters.dead import translate_state_dicts
 from rankflow.adapters.sites import Site, find_sites
+from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import sync_config
 from rankflow.durable import new_folder
 from rankflow.errors import ExportError

@@ -10,17 +10,18 @@ from rankflow.importance.average import follow
 
 
 class RandomScore:
-    """A number in (0, 1] drawn once for each component, at its birth.
+    """A number in (0, 1] drawn once for each component, or magnitude, at its birth.
 
     Args:
-        sites: The sites whose components are scored.
+        count: Number of them.
         seed: Seed of the draws; equal seeds give equal scores on every device.
+        home: Device of the scores.
     """
 
-    def __init__(self, sites: Sequence[Site], seed: int) -> None:
+    def __init__(self, count: int, seed: int, home: torch.device) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._home = sites[0].A.device
-        self._values = self._draw(sum(site.rank for site in sites))
+        self._home = home
+        self._values = self._draw(count)
 
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Do nothing: the score is fixed."""

@@ -31,6 +31,8 @@ Score = Literal[
 Policy = Literal[
     "threshold", "knapsack", "knapsack-exact", "proportional", "uniform", "random", "frozen"
 ]
+MagnitudeMode = Literal["always", "never", "budgeted"]
+Renormalise = Literal["keep-scale", "none"]
 TargetKey = Literal["rank", "params", "fraction", "bytes"]
 
 TARGETS: Final[tuple[TargetKey, ...]] = ("rank", "params", "fraction", "bytes")
@@ -93,6 +95,10 @@ class BudgetSpec(Spec):
             components; it decays to 0 at the cool-down.
         hysteresis: A newborn must promise 1 + this times the score of what it displaces.
         protect: Events through which a newborn cannot be pruned.
+        magnitude: What becomes of DoRA's magnitudes: a site trains its own at every rank, never, or
+            as long as it earns its parameters.
+        renormalise: What a magnitude does when its site loses components, which moves the norms of
+            all rows: keep the scale of what stays (``m`` times new norm by old), or its value.
         min_rank: Smallest rank of every site.
         max_rank: Largest rank of every site; None for the smaller side of its matrix.
         bounds: Other bounds for some sites, by pattern.
@@ -120,6 +126,8 @@ class BudgetSpec(Spec):
     recycle: Annotated[float, Field(ge=0, le=1)] = 0.2
     hysteresis: Annotated[float, Field(ge=0)] = 1.0
     protect: NonNegativeInt = 1
+    magnitude: MagnitudeMode = "always"
+    renormalise: Renormalise = "keep-scale"
     min_rank: NonNegativeInt = 0
     max_rank: NonNegativeInt | None = None
     bounds: dict[Pattern, RankBounds] = Field(default_factory=dict)
@@ -153,6 +161,12 @@ class BudgetSpec(Spec):
         yield from self._target_faults()
         yield from self._schedule_faults()
         yield from self._rank_faults()
+        if self.magnitude == "budgeted" and self.score == "frobenius":
+            yield Fault(
+                {"magnitude": self.magnitude, "score": self.score},
+                "this score is a component's share of its site, and says nothing of a magnitude; "
+                "set score = 'taylor', or another magnitude",
+            )
 
     def _target_faults(self) -> Iterator[Fault]:
         given: dict[str, float] = {k: v for k, v in _targets(self).items() if v is not None}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rankflow.adapters.dead import translate_state_dicts
 from rankflow.adapters.sites import find_sites
+from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.errors import SiteError
 

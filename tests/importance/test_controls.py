@@ -2,24 +2,26 @@ import torch
 
 from rankflow.importance.controls import RandomScore, UniformScore
 
+CPU = torch.device("cpu")
 
-def test_random_scores_lie_above_zero_and_differ(steer):
-    scores = RandomScore(steer().sites, seed=0).read()
+
+def test_random_scores_lie_above_zero_and_differ():
+    scores = RandomScore(10, 0, CPU).read()
     assert scores.shape == (10,)
     assert ((scores > 0) & (scores <= 1)).all()
     assert len(set(scores.tolist())) == 10
 
 
-def test_random_scores_depend_on_nothing_but_the_seed(steer):
-    first = RandomScore(steer().sites, seed=3).read()
+def test_random_scores_depend_on_nothing_but_the_seed():
+    first = RandomScore(10, 3, CPU).read()
     torch.rand(5)  # the global generator has no say
-    assert torch.equal(RandomScore(steer().sites, seed=3).read(), first)
-    assert not torch.equal(RandomScore(steer().sites, seed=4).read(), first)
+    assert torch.equal(RandomScore(10, 3, CPU).read(), first)
+    assert not torch.equal(RandomScore(10, 4, CPU).read(), first)
 
 
 def test_newborns_draw_numbers_that_no_one_had(steer):
     steered = steer()
-    scorer = RandomScore(steered.sites, seed=0)
+    scorer = RandomScore(10, 0, CPU)
     before = scorer.read().clone()
     scorer.reindex(steered.sites, torch.tensor([4, -1, 0, -1]))
     after = scorer.read()
@@ -30,7 +32,7 @@ def test_newborns_draw_numbers_that_no_one_had(steer):
 
 def test_random_scores_are_uniform(steer):
     steered = steer()
-    scorer = RandomScore(steered.sites, seed=0)
+    scorer = RandomScore(10, 0, CPU)
     scorer.reindex(steered.sites, torch.full((4000,), -1))
     draws = scorer.read()
     # Three standard errors of the mean and of the variance of U(0, 1).

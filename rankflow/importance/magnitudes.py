@@ -1,0 +1,207 @@
+r"""What a site's magnitude is worth, in the unit of a component's score.
+
+Without its magnitude m a site computes with :math:`m = n`, the norms of its rows: taking m away
+moves the weights by :math:`(m - n)` along the rows. So each score of a component has a counterpart:
+
+* the first-order change of the loss,
+  :math:`T = \langle m - n, \partial L / \partial m \rangle`, for ``taylor`` and ``fisher``;
+* the mean over the entries of AdaLoRA's product of averages, with
+  :math:`I = |(m - n)\, \partial L / \partial m|`, for ``sensitivity``;
+* the size of the move, :math:`\lVert m - n \rVert`, for ``norm``, and its square, an energy, for
+  ``tangential``.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from rankflow.adapters.dora import norms_of
+from rankflow.adapters.sites import Site
+from rankflow.errors import SpecError
+from rankflow.importance.average import ComponentAverage
+from rankflow.importance.controls import RandomScore
+from rankflow.importance.scorer import Scorer
+from rankflow.specs.budget import Score
+
+
+def make_magnitude_scorer(name: Score, sites: Sequence[Site], *, decay: float, seed: int) -> Scorer:
+    """Make the scorer of magnitudes that belongs to a score of components.
+
+    Its ``read`` returns one number a site, shape ``(S,)``, 0 where the magnitude is off, and the
+    ``sources`` of its ``reindex`` are the sites themselves, or -1 where a magnitude is new.
+
+    Args:
+        name: A score's name in a budget spec.
+        sites: The sites whose magnitudes are scored.
+        decay: Decay of the moving average, in [0, 1), where the score has one.
+        seed: Seed of the random control.
+
+    Raises:
+        SpecError: The score says nothing of magnitudes.
+    """
+    match name:
+        case "taylor" | "fisher":
+            return GateOfMagnitude(sites, decay, name)
+        case "sensitivity":
+            return SensitivityOfMagnitude(sites, decay)
+        case "norm":
+            return SizeOfMagnitude(sites, power=1)
+        case "tangential":
+            return SizeOfMagnitude(sites, power=2)
+        case "uniform":
+            return SizeOfMagnitude(sites, power=0)
+        case "random":
+            return RandomScore(len(sites), seed, sites[0].A.device)
+        case "frobenius":
+            raise SpecError(f"the score {name!r} says nothing of magnitudes; use 'taylor'")
+        case _:
+            assert_never(name)
+
+
+class _Moves:
+    """The entries of all magnitudes that are on, end to end; make a new one after every resize."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._on = [(site, m) for site in sites if (m := site.magnitude) is not None]
+        self._home = sites[0].A.device
+        entries = [0 if site.magnitude is None else site.out_features for site in sites]
+        self.lengths = torch.tensor(entries, device=self._home)
+        self.is_on = (self.lengths > 0).float()
+
+    def moves(self) -> Tensor:
+        """Return ``m - n``, shape ``(entries,)``."""
+        return self._flat([m.detach().flatten() - norms_of(site) for site, m in self._on])
+
+    def gradients(self) -> Tensor:
+        """Return the gradients, shape ``(entries,)``; a magnitude without one counts as zero."""
+        return self._flat([torch.zeros_like(m) if m.grad is None else m.grad for _, m in self._on])
+
+    def sum_by_site(self, entries: Tensor) -> Tensor:
+        """Sum entries over each site, shape ``(S,)``."""
+        # `unsafe` leaves out a check that would wait for the device.
+        return torch.segment_reduce(entries, "sum", lengths=self.lengths, unsafe=True)
+
+    def _flat(self, tensors: list[Tensor]) -> Tensor:
+        parts = [t.flatten().to(self._home, torch.float32, non_blocking=True) for t in tensors]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self._home)
+
+
+class GateOfMagnitude:
+    r"""First- or second-order change of the loss without the magnitude, from :math:`E[T^2]`.
+
+    Args:
+        sites: The sites whose magnitudes are scored.
+        decay: Decay of the average, in [0, 1).
+        form: ``taylor`` is :math:`\sqrt{E[T^2]}`, ``fisher`` is :math:`E[T^2] / 2`.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], decay: float, form: Literal["taylor", "fisher"]
+    ) -> None:
+        self._form = form
+        self._moves = _Moves(sites)
+        self._second_moment = ComponentAverage(len(sites), decay, like=sites[0].A)
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        """Fold in one step's gradients, if ``accept``."""
+        entries = self._moves.moves() * self._moves.gradients()
+        change = self._moves.sum_by_site(entries) * unclip
+        self._second_moment.update(change.square(), accept)
+
+    def read(self) -> Tensor:
+        """Return the scores, shape ``(S,)``."""
+        moment = self._second_moment.read() * self._moves.is_on
+        return moment.sqrt() if self._form == "taylor" else moment / 2
+
+    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+        """Follow the magnitudes through a resize."""
+        self._moves = _Moves(sites)
+        self._second_moment.reindex(sources)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the average."""
+        return self._second_moment.state()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore the average."""
+        self._second_moment.load(state)
+
+
+class SensitivityOfMagnitude:
+    """AdaLoRA's smoothed sensitivity times uncertainty, averaged over a magnitude's entries.
+
+    Args:
+        sites: The sites whose magnitudes are scored.
+        decay: Decay of both averages, in [0, 1).
+    """
+
+    def __init__(self, sites: Sequence[Site], decay: float) -> None:
+        self._decay = decay
+        self._moves = _Moves(sites)
+        self._averages = self._moves.moves().new_zeros((2, int(self._moves.lengths.sum())))
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        """Fold in one step's gradients, if ``accept``."""
+        gain = (1 - self._decay) * accept
+        entry = (self._moves.moves() * self._moves.gradients() * unclip).abs()
+        entry = torch.where(accept, entry, 0)
+        mean, spread = self._averages
+        mean += gain * (entry - mean)
+        spread += gain * ((entry - mean).abs() - spread)
+
+    def read(self) -> Tensor:
+        """Return the scores, shape ``(S,)``."""
+        total = self._moves.sum_by_site(self._averages.prod(dim=0))
+        return total / self._moves.lengths.clamp_min(1)
+
+    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+        """Follow the magnitudes through a resize."""
+        old = self._averages.split(self._moves.lengths.tolist(), dim=1)
+        self._moves = _Moves(sites)
+        parts = [
+            old[source] if source >= 0 and length > 0 else self._averages.new_zeros((2, length))
+            for source, length in zip(sources.tolist(), self._moves.lengths.tolist(), strict=True)
+        ]
+        self._averages = torch.cat(parts, dim=1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return both averages."""
+        return {"averages": self._averages}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore both averages."""
+        self._averages.copy_(state["averages"])
+
+
+class SizeOfMagnitude:
+    r"""The size of the move that the magnitude makes now, :math:`\lVert m - n \rVert^p`.
+
+    Args:
+        sites: The sites whose magnitudes are scored.
+        power: p.
+    """
+
+    def __init__(self, sites: Sequence[Site], power: int) -> None:
+        self._sites = tuple(sites)
+        self._power = power
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        """Do nothing: the score is read off the weights."""
+
+    def read(self) -> Tensor:
+        """Return the scores, shape ``(S,)``."""
+        moves = _Moves(self._sites)
+        size = moves.sum_by_site(moves.moves().square()).sqrt()
+        return size**self._power * moves.is_on
+
+    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+        """Do nothing: there is no state."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Do nothing."""
