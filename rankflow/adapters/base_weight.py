@@ -1,5 +1,8 @@
 """The frozen weight under an adapter, seen in the same orientation for every kind of layer."""
 
+import copy
+from typing import Any
+
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -29,8 +32,23 @@ def dense_weight(layer: LoraLayer) -> Tensor:
     base = layer.get_base_layer()
     if get_bnb_param_type(base.weight):
         # PEFT's helper for modules puts the weight back without its int8 statistics.
-        return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
+        return dequantize_bnb_weight(_unpacked(base.weight), state=getattr(base, "state", None))
     return base.weight if base.weight.is_floating_point() else dequantize_module_weight(base)
+
+
+def _unpacked(weight: Any) -> Any:
+    """Return a 4-bit weight in the order of its rows, which its dequantisation takes for granted.
+
+    On some CPUs bitsandbytes reorders it at the first forward in evaluation mode.
+    """
+    state: Any = getattr(weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight
+    from bitsandbytes import functional as bnb  # optional package
+
+    # Unpacking writes into the state, and the layer still needs the one it has.
+    data, state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(state))
+    return type(weight)(data, requires_grad=False, quant_state=state, bnb_quantized=True)
 
 
 def base_rows(layer: LoraLayer) -> Tensor:
