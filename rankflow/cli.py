@@ -13,6 +13,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from rankflow.errors import RankFlowError
+from rankflow.records import RankEvent
 
 EVENTS: Final = "events.jsonl"
 LAST_EVENTS: Final = 10
@@ -90,9 +91,10 @@ def inspect(
 
     console = Console()
     if (path / CONFIG).is_file():
-        ranks = _show_adapter(console, path)
+        ranks, magnitudes = _show_adapter(console, path), None
     elif (path / EVENTS).is_file():
-        ranks = _show_run(console, path)
+        last = _show_run(console, path)
+        ranks, magnitudes = last.ranks, last.magnitudes
     else:
         raise RankFlowError(
             f"{path} holds neither {CONFIG} nor {EVENTS}; name the folder of an adapter or a run"
@@ -100,7 +102,7 @@ def inspect(
     if png is not None:
         from rankflow.report.heatmap import rank_heatmap
 
-        rank_heatmap(ranks, title=f"Ranks of {path}").savefig(png)
+        rank_heatmap(ranks, title=f"Ranks of {path}", magnitudes=magnitudes).savefig(png)
         console.print(f"\nHeatmap written to {png}", soft_wrap=True)
 
 
@@ -171,7 +173,7 @@ def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
     return summary.ranks
 
 
-def _show_run(console: Console, folder: Path) -> dict[str, int]:
+def _show_run(console: Console, folder: Path) -> RankEvent:
     from rankflow.report.events import read_events
     from rankflow.report.terminal import rank_table
 
@@ -190,8 +192,11 @@ def _show_run(console: Console, folder: Path) -> dict[str, int]:
             f"{len(event.born):,}",
         )
     console.print(table)
-    console.print(Text("\n"), rank_table(events[-1].ranks, width=console.width), sep="")
-    return events[-1].ranks
+    last = events[-1]
+    console.print(
+        Text("\n"), rank_table(last.ranks, magnitudes=last.magnitudes, width=console.width), sep=""
+    )
+    return last
 
 
 def _new_table(first: str, *others: str) -> Table:

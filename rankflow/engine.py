@@ -135,6 +135,13 @@ class RankFlow:
         return {site.name: site.rank for site in self._sites}
 
     @property
+    def magnitudes(self) -> dict[str, bool]:
+        """Whether each site trains its magnitude now; empty unless they are budgeted."""
+        if self.budget.magnitude != "budgeted":
+            return {}
+        return {site.name: site.magnitude is not None for site in self._sites}
+
+    @property
     def spent(self) -> int:
         """Trainable adapter parameters now: A, B and magnitudes of all sites."""
         return sum(site.parameters for site in self._sites)

@@ -6,21 +6,24 @@ nothing left (rank 0, no importance) is grey; everything else has a colour of th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from rankflow.report.geometry import (
     LABEL_POINTS,
+    POINTS,
     TITLE_POINTS,
     CellGeometry,
     PageGeometry,
@@ -35,6 +38,7 @@ from rankflow.report.statistics import per_parameter
 MOST_NUMBERS = 1200
 DECADES = 4
 CELL_GAP = 0.03  # between two cells, in inches
+_DOT = 0.2  # diameter of a dot, in cells
 
 _COLOURS = LinearSegmentedColormap.from_list("rankflow", [hex_of(colour) for colour in RAMP])
 
@@ -63,22 +67,28 @@ class ColourScale:
 
 
 def rank_heatmap(
-    ranks: Mapping[str, int], *, title: str = "Rank", maximum: int | None = None
+    ranks: Mapping[str, int],
+    *,
+    title: str = "Rank",
+    maximum: int | None = None,
+    magnitudes: Mapping[str, bool] | None = None,
 ) -> Figure:
-    """Draw the rank of each site.
+    """Draw the rank of each site, with a dot where it trains a magnitude.
 
     Args:
         ranks: Rank of each site, by site name; at least one site.
         title: Written above the grid.
         maximum: Rank at the top of the colour scale; give the same one to figures that are to be
             compared. None takes the largest rank.
+        magnitudes: Whether each site trains a DoRA magnitude, by site name; None draws no dots.
 
     Returns:
         A figure with an Agg canvas; ``figure.savefig(path)`` writes it.
     """
     top = max(maximum or 0, *ranks.values(), 2)
     scale = ColourScale(Normalize(1, top), "rank", "rank 0", whole=True)
-    return _draw(ranks, scale, title)
+    dotted = [site for site, on in (magnitudes or {}).items() if on]
+    return _draw(ranks, scale, title, dotted)
 
 
 def importance_heatmap(
@@ -126,7 +136,9 @@ def _log_norm(values: Mapping[str, float]) -> LogNorm:
     return LogNorm(min(bottom, top / 10), top, clip=True)
 
 
-def _draw(values: Mapping[str, float], scale: ColourScale, title: str) -> Figure:
+def _draw(
+    values: Mapping[str, float], scale: ColourScale, title: str, dotted: Sequence[str] = ()
+) -> Figure:
     layout = lay_out(values)
     cells = measure_cells(layout)
     page = measure_page(layout, cells, title)
@@ -141,8 +153,13 @@ def _draw(values: Mapping[str, float], scale: ColourScale, title: str) -> Figure
     if scale.whole and len(values) <= MOST_NUMBERS:
         for site, value in values.items():
             _write_number(axes, patches[site], value, colours[site], cells)
+    for site in dotted:
+        _draw_dot(axes, patches[site], colours[site], cells)
     _draw_scale(figure, scale, page)
-    _draw_legend(figure, _legend_entries(colours, layout, scale), page)
+    entries: list[Artist] = [*_legend_entries(colours, layout, scale)]
+    if dotted:
+        entries.append(_legend_dot())
+    _draw_legend(figure, entries, page)
     return figure
 
 
@@ -176,6 +193,20 @@ def _write_number(
         ha="center",
         va="center_baseline",
     )
+
+
+def _draw_dot(axes: Axes, patch: Rectangle, colour: RGB, cells: CellGeometry) -> None:
+    """Put a dot into the upper right corner of a cell, as far from both edges."""
+    size = _DOT * min(cells.width, cells.height)
+    x = patch.get_x() + patch.get_width() - size / cells.width
+    y = patch.get_y() + size / cells.height
+    ink = hex_of(ink_on(colour))
+    axes.plot(x, y, "o", color=ink, markersize=POINTS * size, markeredgewidth=0)
+
+
+def _legend_dot() -> Line2D:
+    ink = hex_of(DARK_INK)
+    return Line2D([], [], linestyle="none", marker="o", color=ink, markersize=4, label="magnitude")
 
 
 def _label_axes(axes: Axes, layout: GridLayout, cells: CellGeometry) -> None:
@@ -225,12 +256,12 @@ def _legend_entries(
     return entries
 
 
-def _draw_legend(figure: Figure, entries: list[Patch], page: PageGeometry) -> None:
+def _draw_legend(figure: Figure, entries: list[Artist], page: PageGeometry) -> None:
     figure.legend(
         handles=entries,
         loc="lower left",
         bbox_to_anchor=(page.left, page.legend),
-        ncols=3,
+        ncols=4,
         frameon=False,
         fontsize=LABEL_POINTS,
         borderpad=0,

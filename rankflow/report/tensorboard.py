@@ -36,7 +36,12 @@ class TensorBoardSink:
         for tag, value in event_scalars(event).items():
             self._writer.add_scalar(tag, value, event.step)
         when = f"event {event.index}, step {event.step:,}"
-        ranks = rank_heatmap(event.ranks, title=f"Rank, {when}", maximum=self._maximum)
+        ranks = rank_heatmap(
+            event.ranks,
+            title=f"Rank, {when}",
+            maximum=self._maximum,
+            magnitudes=event.magnitudes,
+        )
         importance = importance_heatmap(event.importance, title=f"Importance, {when}")
         for name, figure in (("ranks", ranks), ("importance", importance)):
             tag = f"rankflow/{name}/event_{event.index:04d}"
@@ -59,11 +64,18 @@ def event_scalars(event: RankEvent) -> dict[str, float]:
     (2048, 0.5, 0.0)
     """
     components = sum(event.ranks_before.values())
-    return {
+    pruned, born = (
+        [change for change in changes if change.component is not None]
+        for changes in (event.pruned, event.born)
+    )
+    scalars = {
         "rankflow/budget": event.limit,
         "rankflow/spent": event.spent,
         "rankflow/total_rank": sum(event.ranks.values()),
         "rankflow/rank_entropy": rank_entropy(event.ranks.values()),
-        "rankflow/churn": churn(components, len(event.pruned), len(event.born)),
+        "rankflow/churn": churn(components, len(pruned), len(born)),
         "rankflow/mean_score": mean_score(event.importance, event.ranks_before),
     }
+    if event.magnitudes:
+        scalars["rankflow/magnitudes"] = sum(event.magnitudes.values())
+    return scalars

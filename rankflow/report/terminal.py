@@ -1,7 +1,8 @@
 """The heatmap of ranks for a terminal.
 
 Every cell shows its rank in digits, so that nothing is lost without colour: ``0`` is a site with
-no component left, ``·`` a place without a site. A grid wider than the terminal is cut into bands
+no component left, ``·`` a place without a site, and a dot behind a rank, as in ``3•``, a DoRA
+magnitude that is trained. A grid wider than the terminal is cut into bands
 of columns, one below the other.
 """
 
@@ -19,12 +20,17 @@ LONGEST_LABEL = 24
 NARROWEST_COLUMN = 3
 
 _GAP = " "
+_MAGNITUDE = {True: "•", False: " "}
 _HEADING = Style(bold=True)
 _FAINT = Style(dim=True)
 
 
 def rank_table(
-    ranks: Mapping[str, int], *, costs: Mapping[str, int] | None = None, width: int = 80
+    ranks: Mapping[str, int],
+    *,
+    costs: Mapping[str, int] | None = None,
+    magnitudes: Mapping[str, bool] | None = None,
+    width: int = 80,
 ) -> Text:
     """Return the ranks as text to print with rich: a line for each layer, a column for each type.
 
@@ -32,6 +38,7 @@ def rank_table(
         ranks: Rank of each site, by site name; at least one site.
         costs: Trainable parameters of each site, by site name; if given, each line ends with the
             sum over its sites.
+        magnitudes: Whether each site trains a magnitude, by site name; None or empty marks none.
         width: Characters of a line, e.g. ``console.width``. A single column may be wider.
 
     >>> ranks = {"layers.0.q": 4, "layers.0.v": 0, "layers.1.q": 12, "head": 2}
@@ -41,12 +48,16 @@ def rank_table(
        1 12   ·
     <BLANKLINE>
     head    2
+    >>> has = {"h.0.q": False, "h.0.v": True}
+    >>> table = rank_table({"h.0.q": 4, "h.0.v": 0}, magnitudes=has)
+    >>> print(table.plain)  # doctest: +NORMALIZE_WHITESPACE
+       q   v
+    0  4   0•
     """
     layout = lay_out(ranks)
     labels = _align([_shorten(label) for label in layout.rows])
     sums = _align(["parameters", *_sum_rows(layout, costs)]) if costs else [""] * (len(labels) + 1)
-    maximum = max(ranks.values())
-    grid = RankGrid(layout, dict(ranks), maximum, _column_widths(layout, maximum))
+    grid = RankGrid(layout, dict(ranks), max(ranks.values()), dict(magnitudes or {}))
     bands = _split_columns(grid.widths, width - len(labels[0]) - len(sums[0]) - 2 * len(_GAP))
     return Text("\n\n").join(_draw_band(grid, columns, labels, sums) for columns in bands)
 
@@ -59,13 +70,24 @@ class RankGrid:
         layout: Place of each site.
         ranks: Rank of each site, by site name.
         maximum: Rank at the top of the colour scale.
-        widths: Width of each column, in characters.
+        magnitudes: Whether each site trains a magnitude, by site name; empty marks none.
     """
 
     layout: GridLayout
     ranks: dict[str, int]
     maximum: int
-    widths: tuple[int, ...]
+    magnitudes: dict[str, bool]
+
+    @property
+    def digits(self) -> int:
+        """Width of a number, in characters."""
+        return len(str(self.maximum))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each column, in characters."""
+        narrowest = max(NARROWEST_COLUMN, self.digits + bool(self.magnitudes))
+        return tuple(max(narrowest, *map(len, c.split("."))) for c in self.layout.columns)
 
     def header(self, columns: range) -> list[Text]:
         """Return the lines of the columns' labels, broken at their dots, set at the bottom."""
@@ -93,12 +115,12 @@ class RankGrid:
         return lines
 
     def _cell(self, site: str | None, width: int) -> Text:
-        digits = len(str(self.maximum))
         if site is None:
-            return Text(f"{ABSENT:>{digits}}".center(width), _FAINT)
+            return Text(f"{ABSENT:>{self.digits}}".center(width), _FAINT)
         background = rank_shade(self.ranks[site], self.maximum)
         style = Style(color=hex_of(ink_on(background)), bgcolor=hex_of(background))
-        return Text(f"{self.ranks[site]:>{digits}}".center(width), style)
+        mark = _MAGNITUDE[self.magnitudes[site]] if self.magnitudes else ""
+        return Text(f"{self.ranks[site]:>{self.digits}}{mark}".center(width), style)
 
 
 def _draw_band(grid: RankGrid, columns: range, labels: Sequence[str], sums: Sequence[str]) -> Text:
@@ -128,11 +150,6 @@ def _split_columns(widths: Sequence[int], room: int) -> list[range]:
         used += width + (len(_GAP) if used else 0)
     ends = [*starts[1:], len(widths)]
     return [range(start, end) for start, end in zip(starts, ends, strict=True)]
-
-
-def _column_widths(layout: GridLayout, maximum: int) -> tuple[int, ...]:
-    narrowest = max(NARROWEST_COLUMN, len(str(maximum)))
-    return tuple(max(narrowest, *map(len, label.split("."))) for label in layout.columns)
 
 
 def _sum_rows(layout: GridLayout, costs: Mapping[str, int]) -> list[str]:

@@ -27,6 +27,8 @@ class RunResult:
         head: Trainable parameters beside the adapter, such as a task head.
         classes: Number of classes; 0 for language models.
         ranks: Rank of each site, by site name.
+        magnitudes: Whether each site trains a magnitude, by site name; empty if the budget does
+            not cover them.
         costs: Trainable adapter parameters of each site, by site name.
         events: Number of reallocations.
         seconds: Wall time of the whole run.
@@ -42,6 +44,7 @@ class RunResult:
     head: int
     classes: int
     ranks: dict[str, int]
+    magnitudes: dict[str, bool]
     costs: dict[str, int]
     events: int
     seconds: float
@@ -59,7 +62,11 @@ def print_result(result: RunResult, spec: RunSpec, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(rank_table(result.ranks, costs=result.costs, width=console.width))
+    console.print(
+        rank_table(
+            result.ranks, costs=result.costs, magnitudes=result.magnitudes, width=console.width
+        )
+    )
     console.print(
         f"\nadapter     {result.adapter}\ntime        {result.seconds:.0f} s\n\n"
         f"next\n{_next_commands(result, spec)}",

@@ -122,6 +122,7 @@ def _sum_up(
         head=trainable - flow.spent,
         classes=len(job.data.labels),
         ranks=flow.ranks,
+        magnitudes=flow.magnitudes,
         costs={site.name: site.parameters for site in find_sites(job.model, "default")},
         events=len(flow.history),
         seconds=seconds,

@@ -143,3 +143,23 @@ def test_the_resolution_scales_the_pixels():
     assert render_pixels(figure, dots_per_inch=100).shape[:2] == pytest.approx(
         (2 * height, 2 * width), abs=2
     )
+
+
+@pytest.mark.parametrize("ranks", MODELS.values(), ids=MODELS)
+def test_a_dot_right_above_the_number_marks_each_trained_magnitude(ranks):
+    magnitudes = {site: i % 3 == 0 for i, site in enumerate(ranks)}
+    figure = rank_heatmap(ranks, magnitudes=magnitudes)
+    axes = figure.axes[0]
+    numbers = [text.get_position() for text in axes.texts]
+    dotted = [number for number, on in zip(numbers, magnitudes.values(), strict=True) if on]
+    for line, (x, y) in zip(axes.lines, dotted, strict=True):
+        dot = line.get_xydata()[0]
+        assert x < dot[0] < len(axes.get_xticks())
+        assert y - 0.5 < dot[1] < y
+    assert "magnitude" in legend_of(figure)
+
+
+def test_no_dot_and_no_legend_where_no_magnitude_is_trained():
+    figure = rank_heatmap({"h.0.q": 1, "h.0.v": 2}, magnitudes={"h.0.q": False, "h.0.v": False})
+    assert not figure.axes[0].lines
+    assert legend_of(figure) == []

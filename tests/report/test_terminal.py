@@ -97,3 +97,11 @@ def test_a_long_label_loses_its_beginning(length):
     assert len(label) == 24
     assert label.endswith("xy")
     assert label.startswith("…") == (length > 24)
+
+
+def test_a_dot_behind_a_rank_marks_a_trained_magnitude():
+    ranks = {"h.0.q": 10, "h.0.v": 0, "h.1.q": 3, "h.1.v": 7}
+    magnitudes = {"h.0.q": True, "h.0.v": True, "h.1.q": False, "h.1.v": False}
+    lines = rank_table(ranks, magnitudes=magnitudes).plain.split("\n")
+    assert [line.split() for line in lines[1:]] == [["0", "10•", "0•"], ["1", "3", "7"]]
+    assert len({len(line) for line in lines[1:]}) == 1
