@@ -2,9 +2,9 @@
 
 MiniLM with a DoRA adapter learns to imitate a MiniLM whose weights were changed, by updates of low
 rank and new row norms. Then the weakest half of the components goes, in one event, once with
-``renormalise = "keep-scale"`` and once with ``"none"``. The table gives, for updates of the teacher
-of 10% and of 50% of the weights' norm, how far the output moved relative to its size, the loss right
-after the event and 20 steps later, and the ratio of the moves, paired by seed.
+``renormalise = "keep-scale"`` and once with ``"none"``. For updates of the teacher of 10% and of 50%
+of the weights' norm, the table gives how far the output moved relative to its size, the loss right
+after the event and 20 steps later, and the ratio of the moves, seed by seed.
 
     python examples/benchmarks/renormalise.py
 """
@@ -26,6 +26,7 @@ from transformers import AutoModel
 from rankflow import RankFlow, load_budget
 
 SEEDS = range(3)
+RENORMALISE = ("keep-scale", "none")
 STEPS = 60
 MORE = 20
 
@@ -123,16 +124,12 @@ def main() -> None:
     headings = ("update", "score", "renormalise", "moved", "loss before", "after", "20 steps later")
     table = Table(*headings, "moved, none / keep-scale")
     for share, score in product((0.1, 0.5), ("taylor", "random")):
-        runs = {
-            how: [prune(share, score, how, seed) for seed in SEEDS]
-            for how in ("keep-scale", "none")
-        }
+        runs = {how: [prune(share, score, how, s) for s in SEEDS] for how in RENORMALISE}
         pairs = zip(runs["none"], runs["keep-scale"], strict=True)
         ratios = [none.moved / kept.moved for none, kept in pairs]
         for how, outcomes in runs.items():
-            means = [
-                statistics.mean(column) for column in zip(*map(astuple, outcomes), strict=True)
-            ]
+            columns = zip(*map(astuple, outcomes), strict=True)
+            means = [statistics.mean(column) for column in columns]
             table.add_row(
                 f"{share:.0%}",
                 score,
