@@ -2,7 +2,7 @@
 
 MiniLM with a DoRA adapter learns to imitate a MiniLM whose weights were changed, by updates of low
 rank and new row norms. Then the weakest half of the components goes, in one event, once with
-``renormalise = "keep-scale"`` and once with ``"none"``. For updates of the teacher of 10% and of 50%
+``renormalise = "keep-scale"`` and once with ``"none"``. For updates of the teacher of 10% and 50%
 of the weights' norm, the table gives how far the output moved relative to its size, the loss right
 after the event and 20 steps later, and the ratio of the moves, seed by seed.
 
