@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.adapters.base_weight import magnitude_factor
-from rankflow.adapters.dora import measure_norms
 from rankflow.adapters.magnitude import empty_magnitude, neutral_magnitude
+from rankflow.adapters.row_norms import measure_norms
 from rankflow.adapters.sites import Site
 from rankflow.errors import SurgeryError
 from rankflow.records import IntArray, RankPlan

@@ -12,14 +12,15 @@ adapter, at every forward. Here
   cost the arithmetic of a dense product and none of its memory;
 * the norm is computed once for each state of the weights: gradient accumulation, checkpointing and
   evaluation reuse it. A write through ``.data`` that no optimizer made leaves no trace: call
-  ``accelerate_dora`` again after one.
+  ``accelerate_dora`` again after one;
+* an input in lower precision than the adapter is read as it is, without PEFT's copy.
 
 Dropout acts on the low-rank branch alone. PEFT also drops the input of ``(c - 1) W x``, which takes
 a second product with W; the expectation is the same.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -31,28 +32,15 @@ from peft.tuners.lora.variants import (
     DoraLinearVariant,
 )
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from rankflow.adapters.base_weight import (
-    dense_weight,
-    is_zero_row,
-    magnitude_factor,
-    output_axis,
-)
+from rankflow.adapters.base_weight import magnitude_factor
+from rankflow.adapters.compose import Compose
 from rankflow.adapters.dead import DeadVariant
-from rankflow.adapters.sites import Site, find_sites
+from rankflow.adapters.norm_cache import Epoch, NormCache
+from rankflow.adapters.row_norms import measure_norms, own_precision
+from rankflow.adapters.sites import find_sites
 from rankflow.errors import SiteError
-
-# Small enough for a core's cache; a GPU wants few launches instead.
-_TILE_BYTES = {"cpu": 2**19}
-_TILE_BYTES_ELSEWHERE = 2**25
-
-# Rows whose square is below this share of its terms are summed without expanding it: 1e-2 costs
-# at most two of float32's seven digits, and bfloat16 has none to lose.
-_CANCELLED = 1e-2
-_CANCELLED_LOW = 0.5
 
 
 def accelerate_dora(model: nn.Module, adapter_name: str = "default") -> int:
@@ -76,289 +64,52 @@ def accelerate_dora(model: nn.Module, adapter_name: str = "default") -> int:
             f"adapter {adapter_name!r} has no DoRA site to accelerate; make it with "
             "LoraConfig(use_dora=True)"
         )
-    _Epoch.watch_optimizers()
     for site in sites:
-        variants = site.layer.lora_variant
-        current = variants[adapter_name]
-        if isinstance(current, DeadVariant):
-            current.revived = _fast(current.revived)
-        else:
-            variants[adapter_name] = _fast(current)
+        accelerate_site(site.layer, adapter_name)
+        _fast_variant(site.layer, adapter_name).cache = NormCache()
     return len(sites)
 
 
-def row_norms_of_sum(
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    *,
-    axis: int = 0,
-    squares: Tensor | None = None,
-) -> Tensor:
-    r"""Norm of each output row of :math:`W + s B A`, without forming the sum.
-
-    On a CPU the square is expanded,
-
-    .. math:: n_j^2 = \lVert W_j \rVert^2 + 2 s \sum_k B_{jk} (W A^\top)_{jk}
-        + s^2 (B A A^\top B^\top)_{jj},
-
-    and rows in which these terms nearly cancel are taken again from their sum. Elsewhere asking
-    whether there are such rows would wait for the device, so all rows are summed, tile by tile.
+def accelerate_site(layer: LoraLayer, adapter_name: str) -> None:
+    """Give one DoRA site the fast forward; where it has it, keep it and the norms it remembers.
 
     Args:
-        weight: W, ``(out, in)`` for ``axis`` 0 and ``(in, out)`` for 1.
-        A: Right factor, ``(rank, in)``.
-        B: Left factor, ``(out, rank)``.
-        scale: s.
-        axis: Axis of the weight that runs over output features.
-        squares: :math:`\lVert W_j \rVert^2`, shape ``(out,)``, if known.
-
-    Returns:
-        Norms, shape ``(out,)``, at least float32, and never 0.
+        layer: An adapted layer.
+        adapter_name: Its adapter, with a magnitude. A dead site gets the forward at its revival.
     """
-    A, B = _widened(A, weight), _widened(B, weight)
-    if axis == 1 or weight.device.type != "cpu" or torch.compiler.is_compiling():
-        total = _sum_of_squares(weight, A, B, scale, axis)
+    Epoch.watch_optimizers()
+    variants = layer.lora_variant
+    current = variants[adapter_name]
+    if isinstance(current, DeadVariant):
+        current.revived = _fast(current.revived)
     else:
-        total = _expanded_squares(weight, A, B, scale, squares)
-    return total.sqrt().clamp_min(torch.finfo(A.dtype).tiny)
+        variants[adapter_name] = _fast(current)
+    if isinstance(_fast_variant(layer, adapter_name), FastLinear):
+        layer._cast_input_dtype = partial(_cast_where_needed, layer)
 
 
-def _expanded_squares(
-    weight: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor | None
-) -> Tensor:
-    if squares is None:
-        squares = _sum_of_squares(weight, A[:0], B[:, :0], scale, axis=0)
-    mixed = (weight @ A.to(weight.dtype).T).to(B.dtype)  # (out, rank)
-    cross = 2 * scale * (B * mixed).sum(dim=1)
-    own = scale**2 * ((B @ (A @ A.T)) * B).sum(dim=1)
-    total = squares + cross + own
-    # Their sum has lost a share of its digits; in low precision W A^T had few to begin with.
-    worst = _CANCELLED if weight.dtype.itemsize >= 4 else _CANCELLED_LOW
-    for rows in (total < worst * (squares + own)).nonzero().flatten().split(_lines(weight, B)):
-        total[rows] = _sum_of_squares(weight[rows], A, B[rows], scale, axis=0)
-    return total
+def norms_of(layer: LoraLayer, adapter_name: str) -> Tensor:
+    """Return the norm of each output row of ``W + s B A``, shape ``(out,)``, not to be changed.
 
-
-def _sum_of_squares(weight: Tensor, A: Tensor, B: Tensor, scale: float, axis: int) -> Tensor:
-    left, right = (B, A) if axis == 0 else (A.T, B.T)
-    lines = _lines(weight, B)
-    tiles = zip(weight.split(lines), left.split(lines), strict=True)
-    parts = [
-        torch.addmm(tile.to(B.dtype), factor, right, alpha=scale).square_().sum(dim=1 - axis)
-        for tile, factor in tiles
-    ]
-    return torch.cat(parts) if axis == 0 else torch.stack(parts).sum(dim=0)
-
-
-def _widened(factor: Tensor, weight: Tensor) -> Tensor:
-    """Convert a factor to the precision of the norms: its own or W's, at least float32."""
-    dtype = torch.promote_types(weight.dtype, factor.dtype)
-    return factor.to(torch.promote_types(dtype, torch.float32))
-
-
-def _lines(weight: Tensor, B: Tensor) -> int:
-    """Lines of the weight that fill a tile."""
-    limit = _TILE_BYTES.get(weight.device.type, _TILE_BYTES_ELSEWHERE)
-    return max(1, limit // (weight.shape[1] * B.dtype.itemsize))
-
-
-class _Epoch:
-    """Counts optimizer steps of any optimizer: fused ones change weights and leave no trace."""
-
-    steps = 0
-    _watching = False
-
-    @classmethod
-    def watch_optimizers(cls) -> None:
-        """Count from now on; once is enough for a process."""
-        if not cls._watching:
-            register_optimizer_step_post_hook(cls._count)
-            cls._watching = True
-
-    @classmethod
-    def _count(cls, *_: Any) -> None:
-        cls.steps += 1
-
-
-class _NormCache:
-    """The norms of one site, computed anew whenever one of its weights may have changed.
-
-    It holds on to the storages that it has seen, so that no new tensor can take their address.
-    """
-
-    def __init__(self) -> None:
-        self._seen: tuple[object, ...] = ()
-        self._norms: Tensor | None = None
-        self._seen_weight: tuple[object, ...] = ()
-        self._squares: Tensor | None = None
-
-    def __reduce__(self) -> tuple[type["_NormCache"], tuple[()]]:
-        """Copy and pickle as an empty cache."""
-        return _NormCache, ()
-
-    def norms(self, layer: LoraLayer, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Return the norms of ``W + s B A``, shape ``(out,)``."""
-        if torch.compiler.is_compiling():
-            return measure_norms(layer, A, B, scale)
-        weight = layer.get_base_layer().weight
-        seen_weight = (_identity(weight), _Epoch.steps if weight.requires_grad else None)
-        seen = (_Epoch.steps, scale, seen_weight, _identity(A), _identity(B))
-        if self._norms is None or seen != self._seen:
-            with torch.inference_mode(False):  # training may follow
-                if seen_weight != self._seen_weight:
-                    self._squares = _squares_of(layer, A, B)
-                    self._seen_weight = seen_weight
-                self._norms = measure_norms(layer, A, B, scale, squares=self._squares)
-            self._seen = seen
-            self._alive = [tensor.untyped_storage() for tensor in (weight, A, B)]
-        return self._norms
-
-
-@torch.no_grad()
-def _squares_of(layer: LoraLayer, A: Tensor, B: Tensor) -> Tensor:
-    """Return the squared norm of each row of W alone."""
-    weight = dense_weight(layer).detach().flatten(1)
-    A, B = (_widened(t.detach().flatten(1), weight) for t in (A, B))
-    return _sum_of_squares(weight, A[:0], B[:, :0], 0.0, output_axis(layer))
-
-
-@torch.no_grad()
-def measure_norms(
-    layer: LoraLayer, A: Tensor, B: Tensor, scale: float, *, squares: Tensor | None = None
-) -> Tensor:
-    """Return the norm of each output row of a layer's ``W + s B A``, shape ``(out,)``.
+    It costs nothing where the fast forward is installed and has run since the weights changed.
 
     Args:
         layer: The adapted layer.
-        A: Its right factor, as PEFT stores it.
-        B: Its left factor, as PEFT stores it.
-        scale: s.
-        squares: The squared norm of each row of W, if known.
+        adapter_name: Its adapter.
     """
-    weight = dense_weight(layer).detach().flatten(1)
-    with _own_precision(weight):
-        return row_norms_of_sum(
-            weight,
-            A.detach().flatten(1),
-            B.detach().flatten(1),
-            scale,
-            axis=output_axis(layer),
-            squares=squares,
-        )
-
-
-def norms_of(site: Site) -> Tensor:
-    """Return the norm of each output row of a DoRA site's ``W + s B A`` now, shape ``(out,)``.
-
-    The fast forward has measured it already.
-    """
-    A, B, scale = site.A, site.B, site.scale
-    variant = site.layer.lora_variant.get(site.adapter_name)
-    if isinstance(variant, FastLinear | _FastConv | FastEmbedding):
-        return variant.cache.norms(site.layer, A, B, scale)
-    return measure_norms(site.layer, A, B, scale)
-
-
-def _own_precision(tensor: Tensor) -> AbstractContextManager[None]:
-    """Keep autocast, where the device has it, from choosing the precision of what follows."""
-    kind = tensor.device.type
-    if torch.amp.is_autocast_available(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    """What changes when a tensor is written to in place, replaced, moved or converted."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape
-
-
-class _Compose(torch.autograd.Function):
-    r"""``y = c * (base - b) + b + (x A^T)(s c B)^T`` and its gradients, the norm held constant."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        base: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        magnitude: Tensor,
-        bias: Tensor | None,
-        norms: Tensor,
-        scale: float,
-    ) -> Tensor:
-        """Return y, shape ``(..., out)``.
-
-        Args:
-            ctx: Carries what backward needs.
-            base: Output of the base layer, bias included, shape ``(..., out)``.
-            x: Input of the low-rank branch, shape ``(..., in)``.
-            A: Shape ``(rank, in)``.
-            B: Shape ``(out, rank)``.
-            magnitude: Shape ``(out,)``.
-            bias: The base layer's bias, shape ``(out,)``, or None.
-            norms: Shape ``(out,)``.
-            scale: Factor of the low-rank branch.
-        """
-        dtype = base.dtype
-        inputs = x.flatten(0, -2).to(dtype)  # (tokens, in)
-        factor = magnitude_factor(magnitude, norms)
-        # In low precision c - 1 is exact to more digits than c, which is near 1.
-        excess = (factor - 1).to(dtype)
-        hidden = inputs @ A.to(dtype).T  # (tokens, rank)
-        scaled = (B * (scale * factor).unsqueeze(1)).to(dtype)
-        y = torch.addcmul(base, base, excess).contiguous()
-        y.view(-1, len(B)).addmm_(hidden, scaled.T)
-        if bias is not None:
-            y.sub_(excess * bias.to(dtype))
-        ctx.save_for_backward(base, inputs, hidden, A, B, magnitude, bias, norms, factor)
-        ctx.scale = scale
-        ctx.x_like = (x.shape, x.dtype)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of all inputs that want one."""
-        base, inputs, hidden, A, B, magnitude, bias, norms, factor = ctx.saved_tensors
-        x_shape, x_dtype = ctx.x_like
-        g = gradient.flatten(0, -2)  # (tokens, out)
-        dtype, wide = g.dtype, factor.dtype
-        excess = (factor - 1).to(dtype)
-        outer = (g.T @ hidden).to(wide)  # (out, rank)
-        weighted = torch.mul(g, base.flatten(0, -2))
-        along = weighted.sum(dim=0, dtype=wide) + ctx.scale * (outer * B.to(wide)).sum(dim=1)
-        if bias is not None:
-            along = along - bias.to(wide) * g.sum(dim=0, dtype=wide)
-        d_magnitude = torch.where(is_zero_row(norms), 0, along / norms)
-        d_hidden = g @ (B * (ctx.scale * factor).unsqueeze(1)).to(dtype)  # (tokens, rank)
-        d_base = d_x = d_bias = None
-        if ctx.needs_input_grad[0]:
-            d_base = torch.addcmul(g, g, excess, out=weighted).view(base.shape)
-        if ctx.needs_input_grad[1]:
-            d_x = (d_hidden @ A.to(dtype)).to(x_dtype).view(x_shape)
-        if bias is not None and ctx.needs_input_grad[5]:
-            d_bias = ((1 - factor) * g.sum(dim=0, dtype=wide)).to(bias.dtype)
-        return (
-            d_base,
-            d_x,
-            (d_hidden.T @ inputs).to(A.dtype),
-            (outer * (ctx.scale * factor).unsqueeze(1)).to(B.dtype),
-            d_magnitude.to(magnitude.dtype).view(magnitude.shape),
-            d_bias,
-            None,
-            None,
-        )
+    A, B = _factors(layer, adapter_name)
+    scale = layer.scaling[adapter_name]
+    fast = _fast_variant(layer, adapter_name)
+    return (
+        measure_norms(layer, A, B, scale) if fast is None else fast.cache.norms(layer, A, B, scale)
+    )
 
 
 class FastLinear(DoraLinearVariant):
     """DoRA on linear layers, quantised ones and transformers' ``Conv1D`` included."""
 
     def __init__(self) -> None:
-        self.cache = _NormCache()
+        self.cache = NormCache()
 
     def forward(
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
@@ -367,8 +118,8 @@ class FastLinear(DoraLinearVariant):
         A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         scale = module.scaling[active_adapter]
         norms = self.cache.norms(module, A, B, scale)
-        with _own_precision(result):
-            return _Compose.apply(
+        with own_precision(result):
+            return Compose.apply(
                 result,
                 module.lora_dropout[active_adapter](x),
                 A,
@@ -384,7 +135,7 @@ class _FastConv:
     """The forward shared by convolutions of every dimension."""
 
     def __init__(self) -> None:
-        self.cache = _NormCache()
+        self.cache = NormCache()
 
     def forward(
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
@@ -421,7 +172,7 @@ class FastEmbedding(DoraEmbeddingVariant):
     """DoRA on embeddings."""
 
     def __init__(self) -> None:
-        self.cache = _NormCache()
+        self.cache = NormCache()
 
     def forward(
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
@@ -439,6 +190,8 @@ class FastEmbedding(DoraEmbeddingVariant):
         return (result + branch) * factor
 
 
+_Fast = FastLinear | _FastConv | FastEmbedding
+
 _FAST = {
     DoraLinearVariant: FastLinear,
     DoraConv1dVariant: FastConv1d,
@@ -449,6 +202,41 @@ _FAST = {
 
 
 def _fast(variant: Any) -> Any:
-    """Return the fast form of a DoRA variant, PEFT's or fast already, with nothing remembered."""
-    make: Any = _FAST.get(type(variant), type(variant))
-    return make()
+    """Return the fast form of a DoRA variant, or the variant itself where it is fast."""
+    return _FAST[type(variant)]() if type(variant) in _FAST else variant
+
+
+def _fast_variant(layer: LoraLayer, adapter_name: str) -> Any:
+    """Return the fast variant of a site, asleep or not, or None if it has none."""
+    variant = layer.lora_variant.get(adapter_name)
+    if isinstance(variant, DeadVariant):
+        variant = variant.revived
+    return variant if isinstance(variant, _Fast) else None
+
+
+def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Return A and B as PEFT stores them."""
+    if adapter_name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+
+
+@overload
+def _cast_where_needed(layer: LoraLayer, x: None, dtype: torch.dtype) -> None: ...
+
+
+@overload
+def _cast_where_needed(layer: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
+def _cast_where_needed(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Stand in for PEFT's conversion of an input to the adapter's type.
+
+    The fast forward computes in the base layer's type and wants no copy; a neighbour does.
+    """
+    variants = [
+        layer.lora_variant.get(name) for name in layer.active_adapters if name in layer.lora_A
+    ]
+    if all(isinstance(variant, (FastLinear, DeadVariant)) for variant in variants):
+        return x
+    return type(layer)._cast_input_dtype(layer, x, dtype)

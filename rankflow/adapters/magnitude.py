@@ -3,7 +3,7 @@
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rankflow.adapters.dora import measure_norms
+from rankflow.adapters.row_norms import measure_norms
 
 
 def neutral_magnitude(layer: LoraLayer, adapter_name: str, A: Tensor, B: Tensor) -> Tensor:

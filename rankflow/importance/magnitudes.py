@@ -72,7 +72,9 @@ class _Moves:
 
     def moves(self) -> Tensor:
         """Return ``m - n``, shape ``(entries,)``."""
-        return self._flat([m.detach().flatten() - norms_of(site) for site, m in self._on])
+        return self._flat(
+            [m.detach().flatten() - norms_of(site.layer, site.adapter_name) for site, m in self._on]
+        )
 
     def gradients(self) -> Tensor:
         """Return the gradients, shape ``(entries,)``; a magnitude without one counts as zero."""

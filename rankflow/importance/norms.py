@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rankflow.adapters.base_weight import magnitude_factor
-from rankflow.adapters.dora import measure_norms
+from rankflow.adapters.row_norms import measure_norms
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
 

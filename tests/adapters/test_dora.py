@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import rankflow
 from rankflow import surgery
-from rankflow.adapters import dora
+from rankflow.adapters import row_norms
 from rankflow.adapters.dead import DeadVariant
-from rankflow.adapters.dora import accelerate_dora, row_norms_of_sum
+from rankflow.adapters.dora import accelerate_dora
+from rankflow.adapters.row_norms import row_norms_of_sum
 from rankflow.adapters.sites import find_sites
 from rankflow.engine import RankFlow
 from rankflow.errors import SiteError
@@ -123,13 +124,13 @@ def dora_model(host, adapt):
 def norms_taken(monkeypatch):
     """A list that grows by an entry for every norm that is computed."""
     taken = []
-    compute = dora.row_norms_of_sum
+    compute = row_norms.row_norms_of_sum
 
     def count(*arguments, **settings):
         taken.append(arguments[0].shape)
         return compute(*arguments, **settings)
 
-    monkeypatch.setattr(dora, "row_norms_of_sum", count)
+    monkeypatch.setattr(row_norms, "row_norms_of_sum", count)
     return taken
 
 

@@ -1,0 +1,115 @@
+r"""DoRA's output from the base layer's, as one step of autograd.
+
+Products with a factor are written with the components first, ``(rank, tokens)`` and
+``(rank, out)``: with 8 components in float32 this order is three to eight times faster on a CPU
+than the one of ``nn.Linear``, and nowhere slower.
+
+The base layer's output is kept for the magnitude's gradient. The output itself would do, divided by
+m, and often costs nothing because the next operation keeps it too. But an activation that works in
+place, such as ``ReLU(inplace=True)``, may overwrite it, and m may be 0.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rankflow.adapters.base_weight import is_zero_row, magnitude_factor
+from rankflow.adapters.row_norms import lines_of_a_tile
+
+
+class Compose(torch.autograd.Function):
+    r"""``y = c * (base - b) + b + (x A^T)(s c B)^T`` and its gradients, the norm held constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor,
+        bias: Tensor | None,
+        norms: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Return y, shape ``(..., out)``.
+
+        Args:
+            ctx: Carries what backward needs.
+            base: Output of the base layer, bias included, shape ``(..., out)``.
+            x: Input of the low-rank branch, shape ``(..., in)``.
+            A: Shape ``(rank, in)``.
+            B: Shape ``(out, rank)``.
+            magnitude: Shape ``(out,)``.
+            bias: The base layer's bias, shape ``(out,)``, or None.
+            norms: Shape ``(out,)``.
+            scale: Factor of the low-rank branch.
+        """
+        dtype = base.dtype
+        inputs = x.flatten(0, -2).to(dtype)  # (tokens, in)
+        factor = magnitude_factor(magnitude, norms)
+        # In low precision c - 1 is exact to more digits than c, which is near 1.
+        excess = (factor - 1).to(dtype)
+        hidden = A.to(dtype) @ inputs.T  # (rank, tokens)
+        scaled = (B * (scale * factor).unsqueeze(1)).to(dtype)
+        if bias is None:
+            y = torch.addcmul(base, base, excess)
+        else:
+            y = torch.lerp(base, bias.to(dtype), -excess)
+        y = y.contiguous()
+        y.view(-1, len(B)).addmm_(hidden.T, scaled.T)
+        ctx.save_for_backward(base, inputs, hidden, A, B, magnitude, bias, norms, factor)
+        ctx.scale = scale
+        ctx.x_like = (x.shape, x.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all inputs that want one."""
+        base, inputs, hidden, A, B, magnitude, bias, norms, factor = ctx.saved_tensors
+        x_shape, x_dtype = ctx.x_like
+        g = gradient.flatten(0, -2)  # (tokens, out)
+        dtype, wide = g.dtype, factor.dtype
+        scales = (ctx.scale * factor).unsqueeze(1)
+        outer = (hidden @ g).T.contiguous().to(wide)  # (out, rank)
+        along = _dot_over_tokens(g, base.flatten(0, -2), bias, wide)
+        along += ctx.scale * (outer * B.to(wide)).sum(dim=1)
+        d_magnitude = torch.where(is_zero_row(norms), 0, along / norms)
+        d_hidden = (B * scales).to(dtype).T @ g.T  # (rank, tokens)
+        d_base = d_x = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_base = torch.addcmul(g, g, (factor - 1).to(dtype)).view(base.shape)
+        if ctx.needs_input_grad[1]:
+            d_x = (d_hidden.T @ A.to(dtype)).to(x_dtype).view(x_shape)
+        if bias is not None and ctx.needs_input_grad[5]:
+            d_bias = ((1 - factor) * g.sum(dim=0, dtype=wide)).to(bias.dtype)
+        return (
+            d_base,
+            d_x,
+            (d_hidden @ inputs).to(A.dtype),
+            (outer * scales).to(B.dtype),
+            d_magnitude.to(magnitude.dtype).view(magnitude.shape),
+            d_bias,
+            None,
+            None,
+        )
+
+
+def _dot_over_tokens(g: Tensor, base: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    """Return the sum over tokens of ``g * (base - bias)``, shape ``(out,)``, in type ``wide``.
+
+    Tiles stay in a core's cache, where products of whole tensors would wait for memory.
+    """
+    lines = len(g)
+    if not torch.compiler.is_compiling():
+        lines = min(lines, lines_of_a_tile(g, g.shape[1]))
+    lines = max(1, lines)
+    total = g.new_zeros((lines, g.shape[1]), dtype=wide)
+    offset = None if bias is None else bias.to(wide)
+    for tile, values in zip(g.split(lines), base.split(lines), strict=True):
+        unbiased = values.to(wide) if offset is None else values.to(wide) - offset
+        total[: len(tile)].addcmul_(tile.to(wide), unbiased)
+    return total.sum(dim=0)

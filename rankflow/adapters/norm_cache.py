@@ -1,0 +1,73 @@
+"""One norm for each state of the weights.
+
+Gradient accumulation, checkpointing, evaluation and scores reuse it. A tensor's version counter
+alone cannot tell when it is stale, for fused optimizers do not advance it; so the steps of all
+optimizers are counted too. A write through ``.data`` that no optimizer made leaves no trace.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from rankflow.adapters.row_norms import measure_norms, squares_of_base
+
+
+class Epoch:
+    """Counts optimizer steps of any optimizer: fused ones change weights and leave no trace."""
+
+    steps = 0
+    _watching = False
+
+    @classmethod
+    def watch_optimizers(cls) -> None:
+        """Count from now on; once is enough for a process."""
+        if not cls._watching:
+            register_optimizer_step_post_hook(cls._count)
+            cls._watching = True
+
+    @classmethod
+    def _count(cls, *_: Any) -> None:
+        cls.steps += 1
+
+
+class NormCache:
+    """The norms of one site, computed anew whenever one of its weights may have changed.
+
+    It holds on to the storages that it has seen, so that no new tensor can take their address.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[object, ...] = ()
+        self._norms: Tensor | None = None
+        self._seen_weight: tuple[object, ...] = ()
+        self._squares: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type["NormCache"], tuple[()]]:
+        """Copy and pickle as an empty cache."""
+        return NormCache, ()
+
+    def norms(self, layer: LoraLayer, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Return the norms of ``W + s B A``, shape ``(out,)``, which nobody may change."""
+        if torch.compiler.is_compiling():
+            return measure_norms(layer, A, B, scale)
+        weight = layer.get_base_layer().weight
+        seen_weight = (_identity(weight), Epoch.steps if weight.requires_grad else None)
+        seen = (Epoch.steps, scale, seen_weight, _identity(A), _identity(B))
+        if self._norms is None or seen != self._seen:
+            with torch.inference_mode(False):  # training may follow
+                if seen_weight != self._seen_weight:
+                    self._squares = squares_of_base(layer, A, B)
+                    self._seen_weight = seen_weight
+                self._norms = measure_norms(layer, A, B, scale, squares=self._squares)
+            self._seen = seen
+            self._alive = [tensor.untyped_storage() for tensor in (weight, A, B)]
+        return self._norms
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    """What changes when a tensor is written to in place, replaced, moved or converted."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape
