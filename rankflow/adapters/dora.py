@@ -41,7 +41,6 @@ from rankflow.adapters.base_weight import (
     magnitude_factor,
     output_axis,
 )
-from rankflow.adapters.dead import DeadVariant
 from rankflow.adapters.sites import Site, find_sites
 from rankflow.errors import SiteError
 
@@ -65,12 +64,13 @@ def accelerate_dora(model: nn.Module, adapter_name: str = "default") -> int:
         adapter_name: The adapter.
 
     Returns:
-        The number of sites that use the fast forward.
+        The number of sites that use the fast forward, as soon as they have components and a
+        magnitude.
 
     Raises:
         SiteError: The model has no DoRA site of that adapter.
     """
-    sites = [site for site in find_sites(model, adapter_name) if site.magnitude is not None]
+    sites = [site for site in find_sites(model, adapter_name) if site.magnitude_slot is not None]
     if not sites:
         raise SiteError(
             f"adapter {adapter_name!r} has no DoRA site to accelerate; make it with "
@@ -78,12 +78,7 @@ def accelerate_dora(model: nn.Module, adapter_name: str = "default") -> int:
         )
     _Epoch.watch_optimizers()
     for site in sites:
-        variants = site.layer.lora_variant
-        current = variants[adapter_name]
-        if isinstance(current, DeadVariant):
-            current.revived = _fast(current.revived)
-        else:
-            variants[adapter_name] = _fast(current)
+        site.dora_variant = _fast(site.dora_variant)
     return len(sites)
 
 
