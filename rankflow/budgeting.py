@@ -62,10 +62,11 @@ def resolve_budget(
             pattern matches no site, no site has a magnitude to budget, or the steps leave no room
             to reallocate.
     """
-    _check_patterns(spec, sites)
+    pools = with_pools(sites)
+    _check_patterns("bounds", spec.bounds, sites)
+    _check_patterns("ranks", spec.ranks, pools)
     target = _target_parameters(spec, sites, base_parameters, bytes_per_parameter)
     start = int(target * spec.start)
-    pools = with_pools(sites)
     if spec.magnitude == "budgeted" and len(pools) == len(sites):
         raise BudgetError(
             "magnitude = 'budgeted' needs DoRA's magnitudes, and this adapter has none; make it "
@@ -73,7 +74,7 @@ def resolve_budget(
         )
     for name, limit in (("target", target), ("start", start)):
         _check_range(name, pools, limit)
-    scheduler = _make_scheduler(spec, pools, start, target, total_steps)
+    scheduler = _make_scheduler(spec, sites, pools, start, target, total_steps)
     is_static = spec.schedule == "constant" and spec.policy in _BLIND
     policy = scheduler.policy if spec.policy in _BLIND else make_policy("uniform")
     if spec.policy == "frozen":  # it must also fit the least budget of the run
@@ -116,18 +117,22 @@ def _check_range(name: str, sites: Sequence[SiteInfo], limit: int) -> None:
         )
 
 
-def _check_patterns(spec: BudgetSpec, sites: Sequence[SiteInfo]) -> None:
-    for key, patterns in (("bounds", spec.bounds), ("ranks", spec.ranks)):
-        for pattern in patterns:
-            if not any(match_pattern([pattern], site.name) for site in sites):
-                raise BudgetError(
-                    f"the pattern {pattern!r} in {key} matches none of the {len(sites)} sites; "
-                    f"the first is {sites[0].name!r}"
-                )
+def _check_patterns(key: str, patterns: Iterable[str], sites: Sequence[SiteInfo]) -> None:
+    for pattern in patterns:
+        if not any(match_pattern([pattern], site.name) for site in sites):
+            raise BudgetError(
+                f"the pattern {pattern!r} in {key} matches none of the {len(sites)} sites; "
+                f"the first is {sites[0].name!r}"
+            )
 
 
 def _make_scheduler(
-    spec: BudgetSpec, sites: Sequence[SiteInfo], start: int, target: int, total_steps: int
+    spec: BudgetSpec,
+    sites: Sequence[SiteInfo],
+    pools: Sequence[SiteInfo],
+    start: int,
+    target: int,
+    total_steps: int,
 ) -> Scheduler:
     warmup = resolve_steps(spec.warmup, total_steps)
     cooldown = resolve_steps(spec.cooldown, total_steps)
@@ -140,7 +145,7 @@ def _make_scheduler(
         cooldown_steps=cooldown,
         stages=spec.stages,
     )
-    pattern = _frozen_ranks(spec.ranks, sites) if spec.policy == "frozen" else None
+    pattern = _frozen_ranks(spec.ranks, sites, pools) if spec.policy == "frozen" else None
     return Scheduler(
         policy=make_policy(spec.policy, seed=spec.seed, pattern=pattern),
         budget_at=schedule,
@@ -154,7 +159,10 @@ def _make_scheduler(
     )
 
 
-def _frozen_ranks(ranks: dict[str, int], sites: Iterable[SiteInfo]) -> IntArray:
+def _frozen_ranks(
+    ranks: dict[str, int], sites: Sequence[SiteInfo], pools: Sequence[SiteInfo]
+) -> IntArray:
+    """Return the frozen rank of each site and pool; a magnitude that is not named stays on."""
     frozen = []
     for site in sites:
         pattern = match_pattern(ranks, site.name)
@@ -164,6 +172,11 @@ def _frozen_ranks(ranks: dict[str, int], sites: Iterable[SiteInfo]) -> IntArray:
                 "(0 leaves it untouched)"
             )
         frozen.append(ranks[pattern])
+    # A pattern that also matches a site, such as ".*", gives ranks and no magnitudes.
+    named = [key for key in ranks if not any(match_pattern([key], site.name) for site in sites)]
+    for pool in pools[len(sites) :]:
+        pattern = match_pattern(named, pool.name)
+        frozen.append(1 if pattern is None else ranks[pattern])
     return np.array(frozen, dtype=np.int64)
 
 

@@ -145,6 +145,7 @@ def show_preset(
 
 
 def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
+    from rankflow.export.card import tell_storage
     from rankflow.export.inspect import inspect_adapter
     from rankflow.report.terminal import rank_table
 
@@ -166,6 +167,9 @@ def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
         f"and {summary.other_parameters:,} beside them",
         highlight=False,
     )
+    trained = summary.trained_parameters
+    if trained is not None and trained != summary.parameters:
+        console.print(tell_storage(trained, summary.parameters), highlight=False)
     unequal = [site for site in summary.sites if site.rank != site.config_rank]
     if unequal:
         names = ", ".join(f"{s.name} ({s.rank}, not {s.config_rank})" for s in unequal)

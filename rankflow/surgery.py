@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankflow.adapters.base_weight import magnitude_factor
+from rankflow.adapters.base_weight import is_zero_row, magnitude_factor
 from rankflow.adapters.magnitude import empty_magnitude, neutral_magnitude
 from rankflow.adapters.row_norms import measure_norms
 from rankflow.adapters.sites import Site
@@ -347,8 +347,9 @@ def _new_magnitude(
     factor = magnitude_factor(
         slot.detach(), measure_norms(site.layer, site.A, site.B, site.scale)
     )  # m / n
-    norms = neutral_magnitude(site.layer, site.adapter_name, new_A, new_B)
-    return (factor.view(norms.shape) * norms).to(slot.dtype)
+    norms = measure_norms(site.layer, new_A, new_B, site.scale)
+    rescaled = torch.where(is_zero_row(norms), slot.detach().flatten(), factor * norms)
+    return rescaled.to(slot.dtype).view(slot.shape)
 
 
 def orthogonal_rows(live: Tensor, births: int, norm: float, generator: torch.Generator) -> Tensor:

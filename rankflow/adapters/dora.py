@@ -39,7 +39,7 @@ from rankflow.adapters.compose import Compose
 from rankflow.adapters.dead import DeadVariant
 from rankflow.adapters.norm_cache import Epoch, NormCache
 from rankflow.adapters.row_norms import measure_norms, own_precision
-from rankflow.adapters.sites import find_sites
+from rankflow.adapters.sites import Site, find_sites
 from rankflow.errors import SiteError
 
 
@@ -53,56 +53,53 @@ def accelerate_dora(model: nn.Module, adapter_name: str = "default") -> int:
         adapter_name: The adapter.
 
     Returns:
-        The number of sites that use the fast forward.
+        The number of sites that use the fast forward, as soon as they have components and a
+        magnitude.
 
     Raises:
         SiteError: The model has no DoRA site of that adapter.
     """
-    sites = [site for site in find_sites(model, adapter_name) if site.magnitude is not None]
+    sites = [site for site in find_sites(model, adapter_name) if site.magnitude_slot is not None]
     if not sites:
         raise SiteError(
             f"adapter {adapter_name!r} has no DoRA site to accelerate; make it with "
             "LoraConfig(use_dora=True)"
         )
     for site in sites:
-        accelerate_site(site.layer, adapter_name)
-        _fast_variant(site.layer, adapter_name).cache = NormCache()
+        accelerate_site(site)
+        site.dora_variant.cache = NormCache()
     return len(sites)
 
 
-def accelerate_site(layer: LoraLayer, adapter_name: str) -> None:
+def accelerate_site(site: Site) -> None:
     """Give one DoRA site the fast forward; where it has it, keep it and the norms it remembers.
 
     Args:
-        layer: An adapted layer.
-        adapter_name: Its adapter, with a magnitude. A dead site gets the forward at its revival.
+        site: A site of a DoRA adapter. One that is dead, or whose magnitude is off, computes by the
+            fast forward as soon as it computes as DoRA again.
     """
     Epoch.watch_optimizers()
-    variants = layer.lora_variant
-    current = variants[adapter_name]
-    if isinstance(current, DeadVariant):
-        current.revived = _fast(current.revived)
-    else:
-        variants[adapter_name] = _fast(current)
-    if isinstance(_fast_variant(layer, adapter_name), FastLinear):
-        layer._cast_input_dtype = partial(_cast_where_needed, layer)
+    variant = site.dora_variant
+    fast = _fast(variant)
+    if fast is not variant:
+        site.dora_variant = fast
+    if isinstance(fast, FastLinear):
+        site.layer._cast_input_dtype = partial(_cast_where_needed, site.layer)
 
 
-def norms_of(layer: LoraLayer, adapter_name: str) -> Tensor:
+def norms_of(site: Site) -> Tensor:
     """Return the norm of each output row of ``W + s B A``, shape ``(out,)``, not to be changed.
 
     It costs nothing where the fast forward is installed and has run since the weights changed.
 
     Args:
-        layer: The adapted layer.
-        adapter_name: Its adapter.
+        site: A site of a DoRA adapter.
     """
-    A, B = _factors(layer, adapter_name)
-    scale = layer.scaling[adapter_name]
-    fast = _fast_variant(layer, adapter_name)
-    return (
-        measure_norms(layer, A, B, scale) if fast is None else fast.cache.norms(layer, A, B, scale)
-    )
+    A, B, scale = site.A, site.B, site.scale
+    variant = site.dora_variant
+    if isinstance(variant, FastLinear | _FastConv | FastEmbedding):
+        return variant.cache.norms(site.layer, A, B, scale)
+    return measure_norms(site.layer, A, B, scale)
 
 
 class FastLinear(DoraLinearVariant):
@@ -190,8 +187,6 @@ class FastEmbedding(DoraEmbeddingVariant):
         return (result + branch) * factor
 
 
-_Fast = FastLinear | _FastConv | FastEmbedding
-
 _FAST = {
     DoraLinearVariant: FastLinear,
     DoraConv1dVariant: FastConv1d,
@@ -204,21 +199,6 @@ _FAST = {
 def _fast(variant: Any) -> Any:
     """Return the fast form of a DoRA variant, or the variant itself where it is fast."""
     return _FAST[type(variant)]() if type(variant) in _FAST else variant
-
-
-def _fast_variant(layer: LoraLayer, adapter_name: str) -> Any:
-    """Return the fast variant of a site, asleep or not, or None if it has none."""
-    variant = layer.lora_variant.get(adapter_name)
-    if isinstance(variant, DeadVariant):
-        variant = variant.revived
-    return variant if isinstance(variant, _Fast) else None
-
-
-def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """Return A and B as PEFT stores them."""
-    if adapter_name in layer.lora_embedding_A:
-        return layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
-    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
 @overload

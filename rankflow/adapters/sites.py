@@ -42,6 +42,10 @@ _SUPPORTED_VARIANTS = (
     DoraLinearVariant,
 )
 
+_DORA = LoraConfig(use_dora=True)
+# Where a magnitude's own module keeps what computes with it while nothing does.
+_ASIDE = "rankflow_variant"
+
 
 class Site:
     """One adapted module for one adapter name: PEFT's layer, and its tensors in the uniform view.
@@ -170,20 +174,39 @@ class Site:
             self.layer.lora_magnitude_vector[self.adapter_name].weight = magnitude
         self._set_variant()
 
+    @property
+    def dora_variant(self) -> LoraVariant:
+        """What computes the site as DoRA; set aside while it is dead or its magnitude is off."""
+        current = self.layer.lora_variant.get(self.adapter_name)
+        if isinstance(current, DeadVariant):
+            current = current.revived
+        aside = getattr(self._magnitude_module, _ASIDE, None)
+        variant = current or aside or self.layer.resolve_lora_variant(config=_DORA)
+        assert variant is not None, "PEFT gave this layer a magnitude, and has no DoRA for it"
+        return variant
+
+    @dora_variant.setter
+    def dora_variant(self, variant: LoraVariant) -> None:
+        self.layer.lora_variant.pop(self.adapter_name, None)
+        setattr(self._magnitude_module, _ASIDE, variant)
+        self._set_variant()
+
+    @property
+    def _magnitude_module(self) -> nn.Module:
+        return self.layer.lora_magnitude_vector[self.adapter_name]
+
     def _set_variant(self) -> None:
         """Let PEFT compute what the site is now: dead, DoRA or plain LoRA."""
-        variants: dict[str, LoraVariant] = self.layer.lora_variant
-        variant = variants.pop(self.adapter_name, None)
-        if isinstance(variant, DeadVariant):
-            variant = variant.revived
-        if self.magnitude is None:
-            variant = None  # PEFT's own LoRA
-        elif variant is None:
-            variant = self.layer.resolve_lora_variant(config=LoraConfig(use_dora=True))
+        variant = None  # PEFT's own LoRA
+        if self.magnitude_slot is not None:
+            setattr(self._magnitude_module, _ASIDE, self.dora_variant)
+            if self.magnitude is not None:
+                variant = self.dora_variant
+        self.layer.lora_variant.pop(self.adapter_name, None)
         if self.rank == 0:
             variant = DeadVariant(revived=variant)
         if variant is not None:
-            variants[self.adapter_name] = variant
+            self.layer.lora_variant[self.adapter_name] = variant
 
 
 def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[Site, ...]:

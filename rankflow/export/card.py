@@ -28,7 +28,13 @@ class AdapterFacts:
 
 
 def write_card(
-    ranks: Mapping[str, int], *, base_model: str, is_dora: bool, facts: AdapterFacts | None
+    ranks: Mapping[str, int],
+    *,
+    base_model: str,
+    is_dora: bool,
+    trained: int,
+    stored: int,
+    facts: AdapterFacts | None,
 ) -> str:
     """Write the card as Markdown with the front matter that model hubs read.
 
@@ -36,6 +42,8 @@ def write_card(
         ranks: Rank of each site, by site name.
         base_model: Name or path of the base model; may be empty.
         is_dora: Whether the adapter has magnitudes.
+        trained: Parameters of the sites that were trained.
+        stored: Parameters of the sites in the file.
         facts: What the run knows; None if the adapter was exported without one.
     """
     method = "DoRA" if is_dora else "LoRA"
@@ -45,10 +53,25 @@ def write_card(
         f"Trained with RankFlow. It is a stock PEFT adapter: loading it needs `peft` alone.\n\n"
         f"{_loading(base_model)}",
     ]
+    if trained != stored:
+        sections.append(tell_storage(trained, stored))
     if facts is not None:
         sections += [_budget(facts), *_metrics(facts.metrics)]
     sections.append(f"## Ranks\n\n{rank_markdown(ranks)}")
     return "\n\n".join(sections) + "\n"
+
+
+def tell_storage(trained: int, stored: int) -> str:
+    """Say why an adapter's file holds more parameters than were trained.
+
+    >>> tell_storage(1000, 1040)[:53]
+    'The file holds 1,040 parameters and 1,000 are trained'
+    """
+    return (
+        f"The file holds {stored:,} parameters and {trained:,} are trained: PEFT wants a magnitude "
+        "and a component at every DoRA site, so it also holds the norms of sites without a "
+        "magnitude of their own, and zeros for sites without a component."
+    )
 
 
 def rank_markdown(ranks: Mapping[str, int]) -> str:

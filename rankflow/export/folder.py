@@ -33,6 +33,7 @@ def export_folder(source: str | Path, output: str | Path) -> Path:
         load_file(adapter / WEIGHTS),
         save_config=lambda folder: shutil.copyfile(adapter / CONFIG, folder / CONFIG),
         ranks=summary.ranks,
+        trained=summary.trained_parameters,
         base_model=summary.base_model,
         facts=None,
     )

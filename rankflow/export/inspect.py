@@ -18,6 +18,7 @@ from rankflow.specs.budget import match_pattern
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
+FACTS: Final = "rankflow.json"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -65,11 +66,14 @@ class AdapterSummary:
         base_model: What the adapter was trained on; empty where it does not say.
         sites: Its sites, layers in counting order.
         other_parameters: Parameters saved beside the sites, such as a task head.
+        trained_parameters: Parameters of all sites that were trained; None where no
+            ``rankflow.json`` tells. Stock PEFT may need more: zeros and untrained magnitudes.
     """
 
     base_model: str
     sites: tuple[SiteSummary, ...]
     other_parameters: int
+    trained_parameters: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -105,16 +109,28 @@ def inspect_adapter(folder: str | Path) -> AdapterSummary:
     if not parts:
         raise RankFlowError(f"{folder / WEIGHTS} holds no LoRA tensor; was it saved by PEFT?")
     sites = (_summarise(site, parts[site], config) for site in sorted(parts, key=_natural_order))
-    return AdapterSummary(config.get("base_model_name_or_path") or "", tuple(sites), other)
+    base_model = config.get("base_model_name_or_path") or ""
+    return AdapterSummary(base_model, tuple(sites), other, _read_trained(folder / FACTS))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_trained(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    facts = _read_json(path)
+    return facts.get("trained_parameters") if isinstance(facts, dict) else None
+
+
+def _read_json(path: Path) -> Any:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RankFlowError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise RankFlowError(f"{path} is not valid JSON: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise RankFlowError(f"{path} has peft_type {kind!r}; only LORA (LoRA, DoRA) can be read")

@@ -18,9 +18,8 @@ from rankflow.adapters.stock import sync_config
 from rankflow.durable import new_folder
 from rankflow.errors import ExportError
 from rankflow.export.card import AdapterFacts, write_card
-from rankflow.export.inspect import CONFIG, WEIGHTS
+from rankflow.export.inspect import CONFIG, FACTS, WEIGHTS
 
-FACTS = "rankflow.json"
 _MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -33,8 +32,9 @@ def export_adapter(
 ) -> Path:
     """Write an adapter as a stock PEFT folder, wholly or not at all.
 
-    ``rank_pattern`` and ``alpha_pattern`` name every site exactly. A dead LoRA site is left out; a
-    dead DoRA site keeps its magnitude, beside one component of zeros. RankFlow's own facts go into
+    ``rank_pattern`` and ``alpha_pattern`` name every site exactly. A dead site is left out, or
+    keeps its magnitude beside one component of zeros; a magnitude that is off is written as the
+    norm that it is divided by, or left out where all are off. RankFlow's own facts go into
     ``rankflow.json``, where no loader looks.
 
     Args:
@@ -61,6 +61,7 @@ def export_adapter(
         get_peft_model_state_dict(model, adapter_name=adapter_name),
         save_config=lambda folder: _save_stock(model, adapter_name, folder),
         ranks={site.name: site.rank for site in sites},
+        trained=sum(site.parameters for site in sites),
         base_model=model.peft_config[adapter_name].base_model_name_or_path or "",
         facts=facts,
     )
@@ -72,6 +73,7 @@ def write_adapter(
     *,
     save_config: Callable[[Path], object],
     ranks: Mapping[str, int],
+    trained: int | None,
     base_model: str,
     facts: AdapterFacts | None,
 ) -> Path:
@@ -82,6 +84,7 @@ def write_adapter(
         tensors: The adapter's state dict as PEFT saves it.
         save_config: Writes ``adapter_config.json`` into the folder that it is given.
         ranks: Rank of each site, by site name.
+        trained: Parameters of the sites that were trained; None if that is not known.
         base_model: Name or path of the base model; may be empty.
         facts: What the run knows of the adapter.
 
@@ -97,12 +100,21 @@ def write_adapter(
         save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
         _check_written(folder / WEIGHTS, stored)
         is_dora = any(_MAGNITUDE in key for key in stored)
-        card = write_card(ranks, base_model=base_model, is_dora=is_dora, facts=facts)
+        size = sum(tensor.numel() for key, tensor in stored.items() if ".lora_" in key)
+        card = write_card(
+            ranks,
+            base_model=base_model,
+            is_dora=is_dora,
+            trained=size if trained is None else trained,
+            stored=size,
+            facts=facts,
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         own = {
             "rankflow": version("rankflow"),
             "ranks": dict(ranks),
-            "stored_parameters": sum(t.numel() for k, t in stored.items() if ".lora_" in k),
+            "trained_parameters": trained,
+            "stored_parameters": size,
             "run": None if facts is None else asdict(facts),
         }
         (folder / FACTS).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

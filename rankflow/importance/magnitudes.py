@@ -14,9 +14,11 @@ moves the weights by :math:`(m - n)` along the rows. So each score of a componen
 from collections.abc import Sequence
 from typing import Literal, assert_never
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rankflow.adapters.base_weight import is_zero_row
 from rankflow.adapters.dora import norms_of
 from rankflow.adapters.sites import Site
 from rankflow.errors import SpecError
@@ -53,7 +55,9 @@ def make_magnitude_scorer(name: Score, sites: Sequence[Site], *, decay: float, s
         case "uniform":
             return SizeOfMagnitude(sites, power=0)
         case "random":
-            return RandomScore(len(sites), seed, sites[0].A.device)
+            # With the components' seed, each would draw the number of some component.
+            own = int(np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1)[0])
+            return RandomScore(len(sites), own, sites[0].A.device)
         case "frobenius":
             raise SpecError(f"the score {name!r} says nothing of magnitudes; use 'taylor'")
         case _:
@@ -71,10 +75,10 @@ class _Moves:
         self.is_on = (self.lengths > 0).float()
 
     def moves(self) -> Tensor:
-        """Return ``m - n``, shape ``(entries,)``."""
-        return self._flat(
-            [m.detach().flatten() - norms_of(site.layer, site.adapter_name) for site, m in self._on]
-        )
+        """Return ``m - n``, shape ``(entries,)``; 0 where a row is zero, which m cannot move."""
+        norms = [norms_of(site) for site, _ in self._on]
+        pairs = zip(self._on, norms, strict=True)
+        return self._flat([_move(m.detach(), n) for (_, m), n in pairs])
 
     def gradients(self) -> Tensor:
         """Return the gradients, shape ``(entries,)``; a magnitude without one counts as zero."""
@@ -88,6 +92,10 @@ class _Moves:
     def _flat(self, tensors: list[Tensor]) -> Tensor:
         parts = [t.flatten().to(self._home, torch.float32, non_blocking=True) for t in tensors]
         return torch.cat(parts) if parts else torch.zeros(0, device=self._home)
+
+
+def _move(magnitude: Tensor, norms: Tensor) -> Tensor:
+    return torch.where(is_zero_row(norms), 0, magnitude.flatten() - norms)
 
 
 class GateOfMagnitude:

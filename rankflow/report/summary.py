@@ -11,8 +11,10 @@ def describe_event(event: RankEvent) -> str:
     'step 120  budget 4,096 -> spent 1,536  ranks 0-3 (mean 1.5)  pruned 0, born 0'
     """
     ranks = event.ranks.values()
+    on = event.magnitudes.values()
+    magnitudes = f"magnitudes {sum(on):,} of {len(on):,}  " if on else ""
     return (
         f"step {event.step:,}  budget {event.limit:,} -> spent {event.spent:,}  "
-        f"ranks {min(ranks)}-{max(ranks)} (mean {sum(ranks) / len(ranks):.1f})  "
+        f"ranks {min(ranks)}-{max(ranks)} (mean {sum(ranks) / len(ranks):.1f})  {magnitudes}"
         f"pruned {len(event.pruned):,}, born {len(event.born):,}"
     )

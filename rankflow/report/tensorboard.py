@@ -57,6 +57,8 @@ class TensorBoardSink:
 def event_scalars(event: RankEvent) -> dict[str, float]:
     """Return the numbers that TensorBoard shows of an event, by tag.
 
+    ``rankflow/magnitudes``, the number of trained ones, is there if the budget covers them.
+
     >>> ranks = {"q": 3, "v": 1}
     >>> event = RankEvent(0, 120, 4096, 4096, 2048, ranks, ranks, {"q": 1.0, "v": 1.0}, (), (), 0.1)
     >>> scalars = event_scalars(event)
@@ -64,16 +66,14 @@ def event_scalars(event: RankEvent) -> dict[str, float]:
     (2048, 0.5, 0.0)
     """
     components = sum(event.ranks_before.values())
-    pruned, born = (
-        [change for change in changes if change.component is not None]
-        for changes in (event.pruned, event.born)
-    )
+    pruned = sum(change.component is not None for change in event.pruned)
+    born = sum(change.component is not None for change in event.born)
     scalars = {
         "rankflow/budget": event.limit,
         "rankflow/spent": event.spent,
         "rankflow/total_rank": sum(event.ranks.values()),
         "rankflow/rank_entropy": rank_entropy(event.ranks.values()),
-        "rankflow/churn": churn(components, len(pruned), len(born)),
+        "rankflow/churn": churn(components, pruned, born),
         "rankflow/mean_score": mean_score(event.importance, event.ranks_before),
     }
     if event.magnitudes:

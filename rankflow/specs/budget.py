@@ -102,7 +102,8 @@ class BudgetSpec(Spec):
         min_rank: Smallest rank of every site.
         max_rank: Largest rank of every site; None for the smaller side of its matrix.
         bounds: Other bounds for some sites, by pattern.
-        ranks: The ranks of the ``frozen`` policy, by pattern.
+        ranks: The ranks of the ``frozen`` policy, by pattern. A budgeted magnitude is on, unless a
+            pattern such as ``q_proj.magnitude`` gives it 0.
         seed: Seed of the ``random`` score and policy and of newborn directions.
         description: One line for people.
     """

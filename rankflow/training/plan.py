@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.sites import find_sites
 from rankflow.allocation.policies import feasible_range
+from rankflow.allocation.pools import with_pools
 from rankflow.budgeting import ResolvedBudget, resolve_budget
 from rankflow.records import SiteInfo
 from rankflow.report.layout import parse_site, shortest_endings
@@ -103,7 +104,10 @@ def make_plan(spec: RunSpec) -> RunPlan:
     sites = find_sites(model, "default")
     budget = resolve_budget(
         spec.budget,
-        [site.describe(*spec.budget.bounds_of(site.name)) for site in sites],
+        [
+            site.describe(*spec.budget.bounds_of(site.name), magnitude=spec.budget.magnitude)
+            for site in sites
+        ],
         total_steps=steps,
         base_parameters=count_base_parameters(model),
         bytes_per_parameter=sites[0].A.element_size(),
@@ -118,7 +122,7 @@ def make_plan(spec: RunSpec) -> RunPlan:
         steps=steps,
         target=budget.target,
         start=budget.start,
-        feasible=feasible_range(budget.sites),
+        feasible=feasible_range(with_pools(budget.sites)),
         events=tuple((step, scheduler.budget_at(step)) for step in events),
         memory=_estimate_memory(model, budget, head),
     )
@@ -190,7 +194,7 @@ def _sites_table(plan: RunPlan) -> Table:
             f"{first.in_features:,}",
             f"{first.out_features:,}",
             f"{first.component_cost:,}",
-            f"{first.fixed_cost:,}",
+            f"{first.out_features if first.has_magnitude else 0:,}",
             f"{first.min_rank}-{first.max_rank}",
         )
     return table

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rankflow.export.card import tell_storage
 from rankflow.report.terminal import rank_table
 from rankflow.specs.run import BUILT_IN_MODEL, RunSpec
 from rankflow.training.models import auto_class
@@ -24,6 +25,7 @@ class RunResult:
         metrics: Metrics of the trained model.
         spent: Trainable adapter parameters.
         target: Trainable adapter parameters that the budget allows.
+        stored: Adapter parameters in the exported file.
         head: Trainable parameters beside the adapter, such as a task head.
         classes: Number of classes; 0 for language models.
         ranks: Rank of each site, by site name.
@@ -41,6 +43,7 @@ class RunResult:
     metrics: dict[str, float]
     spent: int
     target: int
+    stored: int
     head: int
     classes: int
     ranks: dict[str, int]
@@ -62,6 +65,8 @@ def print_result(result: RunResult, spec: RunSpec, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if result.stored != result.spent:
+        console.print(f"{tell_storage(result.spent, result.stored)}\n", highlight=False)
     console.print(
         rank_table(
             result.ranks, costs=result.costs, magnitudes=result.magnitudes, width=console.width

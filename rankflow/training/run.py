@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 from rankflow.adapters.sites import find_sites
+from rankflow.export.inspect import inspect_adapter
 from rankflow.export.peft import export_adapter
 from rankflow.integrations.huggingface import RankFlowTrainer
 from rankflow.specs.run import RunSpec
@@ -119,6 +120,7 @@ def _sum_up(
         metrics=metrics,
         spent=flow.spent,
         target=flow.resolved.target,
+        stored=inspect_adapter(adapter).parameters,
         head=trainable - flow.spent,
         classes=len(job.data.labels),
         ranks=flow.ranks,

@@ -23,8 +23,10 @@ def make_facts(**changes):
     return AdapterFacts(**facts | changes)
 
 
-def make_card(*, base_model="org/base", is_dora=True, facts=None):
-    return write_card(RANKS, base_model=base_model, is_dora=is_dora, facts=facts)
+def make_card(*, base_model="org/base", is_dora=True, trained=1040, facts=None):
+    return write_card(
+        RANKS, base_model=base_model, is_dora=is_dora, trained=trained, stored=1040, facts=facts
+    )
 
 
 def front_matter(card):
