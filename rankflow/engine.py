@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from rankflow import surgery
 from rankflow.adapters.base_weight import count_base_parameters
+from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
@@ -76,6 +77,7 @@ class RankFlow:
         budget: The budget, from ``load_budget``.
         total_steps: Optimizer steps of the whole run.
         adapter_name: The adapter to steer; others are left alone.
+        accelerate: Whether DoRA sites compute by the fast forward of ``accelerate_dora``.
         sinks: Called with every event, in order.
         resume: What ``state_dict`` returned in the run that goes on; the sites are then brought to
             the ranks that they had, and nothing happens to those that have them already.
@@ -93,6 +95,7 @@ class RankFlow:
         total_steps: int,
         adapter_name: str = "default",
         *,
+        accelerate: bool = True,
         sinks: Sequence[Callable[[RankEvent], None]] = (),
         resume: dict[str, Any] | None = None,
     ) -> None:
@@ -116,6 +119,8 @@ class RankFlow:
         )
         for site in self._sites:
             translate_state_dicts(site.layer, adapter_name)
+            if accelerate and site.magnitude_slot is not None:
+                accelerate_site(site)
         self._steps = 0
         self._observed = 0
         self._limit = self.resolved.start
