@@ -11,7 +11,7 @@ One event is a straight line, and no call returns upward::
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from rankflow import surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dead import translate_state_dicts
+from rankflow.adapters.newborns import Newborns, along, kaiming, orthogonal
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.allocation.demand import estimate_demand
@@ -43,10 +44,14 @@ from rankflow.fairstart import FairStart
 from rankflow.importance.gradients import StepGradients
 from rankflow.importance.norms import Norm
 from rankflow.importance.registry import make_scorer
+from rankflow.importance.sketch import GradientSketch
 from rankflow.records import ComponentTable, IntArray, RankEvent, RankPlan
 from rankflow.specs.budget import BudgetSpec
 
 _EVENTS = TypeAdapter(list[RankEvent])
+
+# Directions that the gradient's sketch resolves at a site; one event rarely grows a site by more.
+_SKETCH_WIDTH = 8
 
 
 class RankFlow:
@@ -112,8 +117,10 @@ class RankFlow:
         self._optimizer: Optimizer | None = None
         self._gradients = StepGradients(self._sites)
         self._fair_start = FairStart(self._sites)
+        self._sketch = GradientSketch(self._sites, width=_SKETCH_WIDTH, seed=budget.seed)
         if resume is None:
             self._resize_in_place(self.resolved.start_ranks)
+            self._open_sketch()
         else:
             self.load_state_dict(resume)
 
@@ -159,6 +166,7 @@ class RankFlow:
         if not self.resolved.is_static:
             accept = self._gradients.accept()
             self._scorer.observe(self._gradients.unclip(loss_scale), accept)
+            self._sketch.observe(accept, loss_scale)
         self._observed += 1
 
     def step(self, optimizer: Optimizer) -> RankEvent | None:
@@ -179,14 +187,21 @@ class RankFlow:
         """
         self.attach(optimizer)
         self._steps += 1
-        if self.resolved.is_static or not self.resolved.scheduler.is_due(self._steps):
+        if self.resolved.is_static:
             return None
+        event = None
+        if self.resolved.scheduler.is_due(self._steps):
+            self._check_observed()
+            event = self._reallocate(self._steps)
+        self._open_sketch()
+        return event
+
+    def _check_observed(self) -> None:
         if self._observed == 0:
             raise RankFlowError(
                 f"a reallocation is due after step {self._steps}, but observe() saw no gradients; "
                 "call flow.observe() after loss.backward() and before optimizer.step()"
             )
-        return self._reallocate(self._steps)
 
     def attach(self, optimizer: Optimizer) -> None:
         """Name the optimizer before its first step; ``step`` does so otherwise.
@@ -243,6 +258,7 @@ class RankFlow:
         """Remove all hooks on gradients and optimizer; the model trains on at its ranks."""
         self._gradients.close()
         self._fair_start.close()
+        self._sketch.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain values and tensors."""
@@ -257,6 +273,7 @@ class RankFlow:
             "demand": self._demand.tolist(),
             "young": [list(steps) for steps in self._fair_start.steps],
             "scorer": {key: value.clone() for key, value in self._scorer.state().items()},
+            "sketch": {key: value.clone() for key, value in self._sketch.state().items()},
             "history": _EVENTS.dump_python(self.history, mode="json"),
         }
 
@@ -281,12 +298,16 @@ class RankFlow:
         self._fair_start.steps = [list(steps) for steps in state["young"]]
         self._scorer.load(state["scorer"])
         self.history = _EVENTS.validate_python(state["history"])
+        self._open_sketch()
+        if state["sketch"]:
+            self._sketch.load(state["sketch"])
 
     def _resize_in_place(self, ranks: IntArray) -> None:
         """Bring untrained sites to the given ranks, and start all tracking afresh."""
         old = sum(site.rank for site in self._sites)
         table = self._survey(Norm(self._sites).read(), np.zeros(old, dtype=np.int64))
-        surgery.resize_in_place(self._sites, plan_from_ranks(table, ranks), self._generator(0))
+        surgery.resize_in_place(self._sites, plan_from_ranks(table, ranks), self._newborns(0))
+        self._sketch.close()
         sync_config(self.model, self.adapter_name, self._sites)
         self._ages = np.full(ranks.sum(), self.budget.protect, dtype=np.int64)
         self._scorer = make_scorer(
@@ -301,7 +322,8 @@ class RankFlow:
         scheduler, index = self.resolved.scheduler, len(self.history)
         table = self._survey(self._scorer.read(), self._ages)
         plan = scheduler.plan(table, step)
-        surgery.resize(self._sites, plan, self._optimizer, self._generator(index + 1))
+        surgery.resize(self._sites, plan, self._optimizer, self._newborns(index + 1))
+        self._sketch.close()
         self._follow(table, plan)
         self._limit = scheduler.budget_at(step)
         seconds = time.perf_counter() - began
@@ -331,10 +353,33 @@ class RankFlow:
         self._gradients.watch(self._sites)
         sync_config(self.model, self.adapter_name, self._sites)
 
-    def _generator(self, index: int) -> torch.Generator:
-        """Return the generator of one event's newborn directions, equal in every process."""
+    def _open_sketch(self) -> None:
+        """Sketch gradients from the next step on if an event with possible births is near."""
+        if self.budget.grow != "gradient" or self.resolved.is_static or self._sketch.is_open:
+            return
+        scheduler = self.resolved.scheduler
+        ahead = range(self._steps + 1, self._steps + self.budget.grow_steps + 1)
+        due = next((step for step in ahead if scheduler.is_due(step)), None)
+        if due is None:
+            return
+        sites = zip(self._sites, self.resolved.sites, strict=True)
+        costs = [info.component_cost for site, info in sites if site.rank < info.max_rank]
+        if costs and scheduler.allowance(self.spent, due) >= min(costs):
+            self._sketch.open(self._sites, event=len(self.history))
+
+    def _newborns(self, index: int) -> Newborns:
+        """Return how one event draws its newborns, equal in every process."""
         seed = int(np.random.SeedSequence([self.budget.seed, index]).generate_state(1)[0])
-        return torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        match self.budget.grow:
+            case "gradient":
+                return along(self._sketch.directions, generator)
+            case "orthogonal":
+                return orthogonal(generator)
+            case "random":
+                return kaiming([site.kind for site in self._sites], generator)
+            case _:
+                assert_never(self.budget.grow)
 
     def _check_state(self, state: dict[str, Any]) -> None:
         mine = {

@@ -9,14 +9,16 @@ not re-keyed never moves again, with no error.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rankflow.adapters.newborns import Newborns
 from rankflow.adapters.sites import Site
 from rankflow.errors import SurgeryError
 from rankflow.records import IntArray, RankPlan
@@ -44,19 +46,19 @@ class _SiteChange:
 
 
 def resize(
-    sites: Sequence[Site], plan: RankPlan, optimizer: Optimizer | None, generator: torch.Generator
+    sites: Sequence[Site], plan: RankPlan, optimizer: Optimizer | None, newborns: Newborns
 ) -> None:
     """Carry out a plan on the sites and on the optimizer's state, wholly or not at all.
 
-    Survivors keep their values and their optimizer state. A newborn's row of A is orthogonal to the
-    site's live rows and has the norm of PEFT's own initialisation, and its column of B is zero, so
-    the function stays what it was (for embeddings the roles are swapped, as in PEFT).
+    Survivors keep their values and their optimizer state. A newborn's row of A is drawn, with the
+    norm of PEFT's own initialisation, and its column of B is zero, so the function stays what it
+    was (for embeddings the roles are swapped, as in PEFT).
 
     Args:
         sites: The sites, in the plan's order.
         plan: What to keep and how many to add, for each site.
         optimizer: The optimizer that trains the adapters, or None if there is none.
-        generator: A CPU generator for the newborns' directions.
+        newborns: Draws the newborns' rows of A.
 
     Raises:
         SurgeryError: The plan does not fit the sites, or the optimizer holds state that cannot be
@@ -65,14 +67,16 @@ def resize(
     _check_plan(sites, plan)
     places = {} if optimizer is None else _places(optimizer)
     changes = [
-        _build(site, keep, int(births), optimizer, places, generator)
-        for site, keep, births in zip(sites, plan.keep, plan.births, strict=True)
+        _build(site, keep, int(births), optimizer, places, partial(newborns, index))
+        for index, (site, keep, births) in enumerate(
+            zip(sites, plan.keep, plan.births, strict=True)
+        )
         if len(keep) < site.rank or births > 0
     ]
     _commit(changes, optimizer)
 
 
-def resize_in_place(sites: Sequence[Site], plan: RankPlan, generator: torch.Generator) -> None:
+def resize_in_place(sites: Sequence[Site], plan: RankPlan, newborns: Newborns) -> None:
     """Carry out a plan before training, keeping the identity of every parameter.
 
     An optimizer made earlier goes on holding the same objects. It must not have taken a step yet.
@@ -80,17 +84,17 @@ def resize_in_place(sites: Sequence[Site], plan: RankPlan, generator: torch.Gene
     Args:
         sites: The sites, in the plan's order.
         plan: What to keep and how many to add, for each site.
-        generator: A CPU generator for the newborns' directions.
+        newborns: Draws the newborns' rows of A.
 
     Raises:
         SurgeryError: The plan does not fit the sites.
     """
     _check_plan(sites, plan)
-    for site, keep, births in zip(sites, plan.keep, plan.births, strict=True):
+    for index, (site, keep, births) in enumerate(zip(sites, plan.keep, plan.births, strict=True)):
         if len(keep) == site.rank and births == 0:
             continue
         A, B = site.A, site.B
-        new_A, new_B = _new_factors(site, keep, int(births), generator)
+        new_A, new_B = _new_factors(site, keep, int(births), partial(newborns, index))
         for parameter, data in ((A, new_A), (B, new_B)):
             parameter.grad = None
             parameter.data = data
@@ -159,9 +163,9 @@ def _build(
     births: int,
     optimizer: Optimizer | None,
     places: dict[nn.Parameter, tuple[int, int]],
-    generator: torch.Generator,
+    draw: Callable[[Tensor, int], Tensor],
 ) -> _SiteChange:
-    new_A, new_B = _new_factors(site, keep, births, generator)
+    new_A, new_B = _new_factors(site, keep, births, draw)
     return _SiteChange(
         site,
         _replace(site, site.A, new_A, 0, keep, births, optimizer, places),
@@ -241,7 +245,7 @@ def _grow(value: Tensor, axis: int, births: int) -> Tensor:
 
 
 def _new_factors(
-    site: Site, keep: IntArray, births: int, generator: torch.Generator
+    site: Site, keep: IntArray, births: int, draw: Callable[[Tensor, int], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return A and B with the kept components followed by the newborns."""
     kept = torch.as_tensor(keep, device=site.A.device)
@@ -250,30 +254,11 @@ def _new_factors(
     if births == 0:
         return A, B
     if site.kind == "embedding":  # PEFT starts embeddings at A = 0 and B of standard deviation 1
-        columns = orthogonal_rows(B.flatten(1).T, births, math.sqrt(B.shape[0]), generator)
+        columns = (math.sqrt(B.shape[0]) * draw(B.flatten(1).T, births)).to(B)
         return _grow(A, 0, births), torch.cat([B, columns.T], dim=1)
     # PEFT draws A from U(-1/sqrt(in), 1/sqrt(in)): rows of norm 1/sqrt(3).
-    rows = orthogonal_rows(A.flatten(1), births, 1 / math.sqrt(3), generator)
+    rows = (draw(A.flatten(1), births) / math.sqrt(3)).to(A)
     return torch.cat([A, rows.view(births, *A.shape[1:])]), _grow(B, 1, births)
-
-
-def orthogonal_rows(live: Tensor, births: int, norm: float, generator: torch.Generator) -> Tensor:
-    """Draw rows orthogonal to the live ones and to each other.
-
-    Args:
-        live: Live rows, shape ``(rank, width)``; they need not be orthogonal.
-        births: Number of rows wanted, at most ``width - rank``.
-        norm: Euclidean norm of each.
-        generator: A CPU generator; equal seeds give equal rows on every device.
-
-    Returns:
-        Rows of shape ``(births, width)``, of the type and on the device of ``live``.
-    """
-    width = live.shape[1]
-    draws = torch.randn(births, width, generator=generator, dtype=torch.float64)
-    basis = torch.cat([live.detach().to("cpu", torch.float64), draws])  # (rank + births, width)
-    orthonormal = torch.linalg.qr(basis.T).Q  # columns after the first `rank` span the complement
-    return (norm * orthonormal.T[len(live) :]).to(live.device, live.dtype)
 
 
 def _commit(changes: Sequence[_SiteChange], optimizer: Optimizer | None) -> None:

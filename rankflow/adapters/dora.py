@@ -238,7 +238,7 @@ def measure_norms(
         squares: The squared norm of each row of W, if known.
     """
     weight = dense_weight(layer).detach().flatten(1)
-    with _own_precision(weight):
+    with own_precision(weight):
         return row_norms_of_sum(
             weight,
             A.detach().flatten(1),
@@ -249,7 +249,7 @@ def measure_norms(
         )
 
 
-def _own_precision(tensor: Tensor) -> AbstractContextManager[None]:
+def own_precision(tensor: Tensor) -> AbstractContextManager[None]:
     """Keep autocast, where the device has it, from choosing the precision of what follows."""
     kind = tensor.device.type
     if torch.amp.is_autocast_available(kind):
@@ -355,7 +355,7 @@ class FastLinear(DoraLinearVariant):
         A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
         scale = module.scaling[active_adapter]
         norms = self.cache.norms(module, A, B, scale)
-        with _own_precision(result):
+        with own_precision(result):
             return _Compose.apply(
                 result,
                 module.lora_dropout[active_adapter](x),

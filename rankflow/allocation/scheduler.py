@@ -71,7 +71,7 @@ class Scheduler:
             BudgetError: The budget is below the cost of the minimum ranks.
         """
         limit = self.budget_at(step)
-        allowance = self._allowance(table, step, limit)
+        allowance = self.allowance(table.cost_of(table.ranks), step)
         guarded = _protect_young(table, self.protect, limit)
         candidates = _choose_candidates(table, allowance)
         promised = np.nextafter(table.demand / (1 + self.hysteresis), 0)  # the living win a tie
@@ -79,12 +79,17 @@ class Scheduler:
         target = self.policy(offer, limit)
         return plan_from_ranks(guarded, _moderate(table, target, allowance, limit))
 
-    def _allowance(self, table: ComponentTable, step: int, limit: int) -> int:
-        """Parameters that newborns may take: what is free, and the share that may move."""
+    def allowance(self, spent: int, step: int) -> int:
+        """Parameters that newborns may take: what is free, and the share that may move.
+
+        Args:
+            spent: Trainable adapter parameters before the event.
+            step: Optimizer steps taken.
+        """
+        limit = self.budget_at(step)
         window = self.last_event - self.warmup_steps
         remaining = min(max((self.last_event - step) / window, 0.0), 1.0)
-        free = max(limit - table.cost_of(table.ranks), 0)
-        return free + int(self.recycle * remaining * limit)
+        return max(limit - spent, 0) + int(self.recycle * remaining * limit)
 
 
 def _protect_young(table: ComponentTable, protect: int, limit: int) -> ComponentTable:

@@ -31,6 +31,7 @@ Score = Literal[
 Policy = Literal[
     "threshold", "knapsack", "knapsack-exact", "proportional", "uniform", "random", "frozen"
 ]
+Growth = Literal["gradient", "orthogonal", "random"]
 TargetKey = Literal["rank", "params", "fraction", "bytes"]
 
 TARGETS: Final[tuple[TargetKey, ...]] = ("rank", "params", "fraction", "bytes")
@@ -93,6 +94,9 @@ class BudgetSpec(Spec):
             components; it decays to 0 at the cool-down.
         hysteresis: A newborn must promise 1 + this times the score of what it displaces.
         protect: Events through which a newborn cannot be pruned.
+        grow: Where newborns point: along the gradient where it is largest outside of what their
+            site spans, at random orthogonal to it, or at random as PEFT initialises.
+        grow_steps: Steps before an event over which that gradient is averaged.
         min_rank: Smallest rank of every site.
         max_rank: Largest rank of every site; None for the smaller side of its matrix.
         bounds: Other bounds for some sites, by pattern.
@@ -120,6 +124,8 @@ class BudgetSpec(Spec):
     recycle: Annotated[float, Field(ge=0, le=1)] = 0.2
     hysteresis: Annotated[float, Field(ge=0)] = 1.0
     protect: NonNegativeInt = 1
+    grow: Growth = "gradient"
+    grow_steps: PositiveInt = 4
     min_rank: NonNegativeInt = 0
     max_rank: NonNegativeInt | None = None
     bounds: dict[Pattern, RankBounds] = Field(default_factory=dict)
