@@ -287,7 +287,8 @@ def low_rank(Y: Tensor, Z: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
         Q with orthonormal columns, shape ``(out, k)``, and X, shape ``(k, in)``.
     """
     Q = torch.linalg.qr(Y).Q
-    return Q, torch.linalg.lstsq(left.T @ Q, Z).solution
+    # The default driver on a CPU, gelsy, gives other last bits at every call.
+    return Q, torch.linalg.lstsq(left.T @ Q, Z, driver="gels").solution
 
 
 def _outside(rows: Tensor, live: Tensor) -> Tensor:
