@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from rankflow.errors import CheckpointError
 
 STATE_FILE = "rankflow_state.safetensors"
-SCHEMA = 1
+SCHEMA = 2
+
+_TENSORS = ("scorer", "sketch")
 
 
 def save_state(state: dict[str, Any], folder: str | Path) -> Path:
@@ -26,8 +28,12 @@ def save_state(state: dict[str, Any], folder: str | Path) -> Path:
     """
     path = Path(folder) / STATE_FILE
     temporary = path.with_name(f".{path.name}.part")
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in state["scorer"].items()}
-    values = {"schema": SCHEMA} | {key: v for key, v in state.items() if key != "scorer"}
+    tensors = {
+        f"{part}.{key}": tensor.contiguous().cpu()
+        for part in _TENSORS
+        for key, tensor in state[part].items()
+    }
+    values = {"schema": SCHEMA} | {key: v for key, v in state.items() if key not in _TENSORS}
     save_file(tensors, temporary, metadata={"state": json.dumps(values)})
     os.replace(temporary, path)
     return path
@@ -52,8 +58,10 @@ def load_state(folder: str | Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             state: dict[str, Any] = json.loads(file.metadata()["state"])
             schema = state.pop("schema")
-            # The handle has keys() and no iterator.
-            state["scorer"] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            state |= {part: {} for part in _TENSORS}
+            for name in file.keys():  # noqa: SIM118 - the handle has keys() and no iterator
+                part, _, key = name.partition(".")
+                state[part][key] = file.get_tensor(name)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); resume from an older checkpoint"

@@ -12,7 +12,7 @@ One event is a straight line, and no call returns upward::
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from rankflow import surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dora import accelerate_site
+from rankflow.adapters.newborns import Newborns, along, kaiming, orthogonal
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
@@ -45,6 +46,7 @@ from rankflow.fairstart import FairStart
 from rankflow.importance.gradients import StepGradients
 from rankflow.importance.norms import Norm
 from rankflow.importance.registry import make_scorers
+from rankflow.importance.sketch import GradientSketch
 from rankflow.records import (
     BoolArray,
     ComponentTable,
@@ -56,6 +58,9 @@ from rankflow.records import (
 from rankflow.specs.budget import BudgetSpec
 
 _EVENTS = TypeAdapter(list[RankEvent])
+
+# Directions that the gradient's sketch resolves at a site; one event rarely grows a site by more.
+_SKETCH_WIDTH = 8
 
 
 class RankFlow:
@@ -129,8 +134,10 @@ class RankFlow:
         self._optimizer: Optimizer | None = None
         self._gradients = StepGradients(self._sites)
         self._fair_start = FairStart(self._sites)
+        self._sketch = GradientSketch(self._sites, width=_SKETCH_WIDTH, seed=budget.seed)
         if resume is None:
             self._resize_in_place(self.resolved.start_ranks, self.resolved.start_magnitudes)
+            self._open_sketch()
         else:
             self.load_state_dict(resume)
 
@@ -185,6 +192,7 @@ class RankFlow:
             unclip = self._gradients.unclip(loss_scale)
             for scorer in self._scorers.values():
                 scorer.observe(unclip, accept)
+            self._sketch.observe(accept, loss_scale)
         self._observed += 1
 
     def step(self, optimizer: Optimizer) -> RankEvent | None:
@@ -205,14 +213,21 @@ class RankFlow:
         """
         self.attach(optimizer)
         self._steps += 1
-        if self.resolved.is_static or not self.resolved.scheduler.is_due(self._steps):
+        if self.resolved.is_static:
             return None
+        event = None
+        if self.resolved.scheduler.is_due(self._steps):
+            self._check_observed()
+            event = self._reallocate(self._steps)
+        self._open_sketch()
+        return event
+
+    def _check_observed(self) -> None:
         if self._observed == 0:
             raise RankFlowError(
                 f"a reallocation is due after step {self._steps}, but observe() saw no gradients; "
                 "call flow.observe() after loss.backward() and before optimizer.step()"
             )
-        return self._reallocate(self._steps)
 
     def attach(self, optimizer: Optimizer) -> None:
         """Name the optimizer before its first step; ``step`` does so otherwise.
@@ -269,6 +284,7 @@ class RankFlow:
         """Remove all hooks on gradients and optimizer; the model trains on at its ranks."""
         self._gradients.close()
         self._fair_start.close()
+        self._sketch.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain values and tensors."""
@@ -290,6 +306,7 @@ class RankFlow:
                 for what, scorer in self._scorers.items()
                 for key, value in scorer.state().items()
             },
+            "sketch": {key: value.clone() for key, value in self._sketch.state().items()},
             "history": _EVENTS.dump_python(self.history, mode="json"),
         }
 
@@ -321,6 +338,9 @@ class RankFlow:
             tensors = state["scorer"].items()
             scorer.load({k.removeprefix(start): v for k, v in tensors if k.startswith(start)})
         self.history = _EVENTS.validate_python(state["history"])
+        self._open_sketch()
+        if state["sketch"]:
+            self._sketch.load(state["sketch"])
 
     def _resize_in_place(self, ranks: IntArray, magnitudes: BoolArray) -> None:
         """Bring untrained sites to ranks and magnitudes, and start all tracking afresh."""
@@ -330,7 +350,8 @@ class RankFlow:
             self.resolved.sites, old, scores, np.zeros(old.sum(), np.int64), np.zeros(len(old))
         )
         plan = replace(plan_from_ranks(table, ranks), magnitudes=magnitudes)
-        surgery.resize_in_place(self._sites, plan, self._generator(0), self.budget.renormalise)
+        surgery.resize_in_place(self._sites, plan, self._newborns(0), self.budget.renormalise)
+        self._sketch.close()
         sync_config(self.model, self.adapter_name, self._sites)
         self._ages = np.full(ranks.sum(), self.budget.protect, dtype=np.int64)
         self._magnitude_ages = np.full(len(ranks), self.budget.protect, dtype=np.int64)
@@ -348,9 +369,10 @@ class RankFlow:
             self._sites,
             plan,
             self._optimizer,
-            self._generator(index + 1),
+            self._newborns(index + 1),
             self.budget.renormalise,
         )
+        self._sketch.close()
         self._follow(table, plan)
         self._limit = scheduler.budget_at(step)
         seconds = time.perf_counter() - began
@@ -396,10 +418,33 @@ class RankFlow:
     def _magnitudes_on(self) -> BoolArray:
         return np.array([site.magnitude is not None for site in self._sites], dtype=np.bool_)
 
-    def _generator(self, index: int) -> torch.Generator:
-        """Return the generator of one event's newborn directions, equal in every process."""
+    def _open_sketch(self) -> None:
+        """Sketch gradients from the next step on if an event with possible births is near."""
+        if self.budget.grow != "gradient" or self.resolved.is_static or self._sketch.is_open:
+            return
+        scheduler = self.resolved.scheduler
+        ahead = range(self._steps + 1, self._steps + self.budget.grow_steps + 1)
+        due = next((step for step in ahead if scheduler.is_due(step)), None)
+        if due is None:
+            return
+        sites = zip(self._sites, self.resolved.sites, strict=True)
+        costs = [info.component_cost for site, info in sites if site.rank < info.max_rank]
+        if costs and scheduler.allowance(self.spent, due) >= min(costs):
+            self._sketch.open(self._sites, event=len(self.history))
+
+    def _newborns(self, index: int) -> Newborns:
+        """Return how one event draws its newborns, equal in every process."""
         seed = int(np.random.SeedSequence([self.budget.seed, index]).generate_state(1)[0])
-        return torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        match self.budget.grow:
+            case "gradient":
+                return along(self._sketch.directions, generator)
+            case "orthogonal":
+                return orthogonal(generator)
+            case "random":
+                return kaiming([site.kind for site in self._sites], generator)
+            case _:
+                assert_never(self.budget.grow)
 
     def _check_state(self, state: dict[str, Any]) -> None:
         mine = {

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from rankflow.adapters.base_weight import is_zero_row, magnitude_factor
 from rankflow.adapters.magnitude import empty_magnitude, neutral_magnitude
+from rankflow.adapters.newborns import Newborns
 from rankflow.adapters.row_norms import measure_norms
 from rankflow.adapters.sites import Site
 from rankflow.errors import SurgeryError
@@ -63,6 +64,7 @@ class _SiteChange:
 class _SitePlan:
     """A plan's part for one site."""
 
+    index: int
     site: Site
     keep: IntArray
     births: int
@@ -81,21 +83,21 @@ def resize(
     sites: Sequence[Site],
     plan: RankPlan,
     optimizer: Optimizer | None,
-    generator: torch.Generator,
+    newborns: Newborns,
     renormalise: Renormalise = "keep-scale",
 ) -> None:
     """Carry out a plan on the sites and on the optimizer's state, wholly or not at all.
 
-    Survivors keep their values and their optimizer state. A newborn's row of A is orthogonal to the
-    site's live rows and has the norm of PEFT's own initialisation, and its column of B is zero, so
-    the function stays what it was (for embeddings the roles are swapped, as in PEFT). A magnitude
-    that is turned on starts at the norm, which changes nothing either.
+    Survivors keep their values and their optimizer state. A newborn's row of A is drawn, with the
+    norm of PEFT's own initialisation, and its column of B is zero, so the function stays what it
+    was (for embeddings the roles are swapped, as in PEFT). A magnitude that is turned on starts at
+    the norm, which changes nothing either.
 
     Args:
         sites: The sites, in the plan's order.
         plan: What to keep and how many to add, for each site.
         optimizer: The optimizer that trains the adapters, or None if there is none.
-        generator: A CPU generator for the newborns' directions.
+        newborns: Draws the newborns' rows of A.
         renormalise: What a magnitude does when its site loses components; see ``BudgetSpec``.
 
     Raises:
@@ -105,7 +107,7 @@ def resize(
     parts = _split_plan(sites, plan)
     places = {} if optimizer is None else _places(optimizer)
     changes = [
-        _build(part, optimizer, places, generator, renormalise)
+        _build(part, optimizer, places, newborns, renormalise)
         for part in parts
         if part.changes_rank or part.changes_magnitude
     ]
@@ -115,7 +117,7 @@ def resize(
 def resize_in_place(
     sites: Sequence[Site],
     plan: RankPlan,
-    generator: torch.Generator,
+    newborns: Newborns,
     renormalise: Renormalise = "keep-scale",
 ) -> None:
     """Carry out a plan before training, keeping the identity of every parameter.
@@ -125,7 +127,7 @@ def resize_in_place(
     Args:
         sites: The sites, in the plan's order.
         plan: What to keep and how many to add, for each site.
-        generator: A CPU generator for the newborns' directions.
+        newborns: Draws the newborns' rows of A.
         renormalise: What a magnitude does when its site loses components; see ``BudgetSpec``.
 
     Raises:
@@ -136,7 +138,7 @@ def resize_in_place(
             continue
         site = part.site
         A, B, magnitude = site.A, site.B, site.magnitude_slot
-        new_A, new_B = _new_factors(part, generator)
+        new_A, new_B = _new_factors(part, newborns)
         data = [(A, new_A), (B, new_B)]
         if magnitude is not None:
             new_magnitude = _new_magnitude(part, new_A, new_B, renormalise)
@@ -181,8 +183,10 @@ def _split_plan(sites: Sequence[Site], plan: RankPlan) -> list[_SitePlan]:
             f"the plan speaks of {len(plan.keep)} sites and the model has {len(sites)}"
         )
     parts = [
-        _SitePlan(site, keep, int(births), bool(on))
-        for site, keep, births, on in zip(sites, plan.keep, plan.births, magnitudes, strict=True)
+        _SitePlan(index, site, keep, int(births), bool(on))
+        for index, (site, keep, births, on) in enumerate(
+            zip(sites, plan.keep, plan.births, magnitudes, strict=True)
+        )
     ]
     for part in parts:
         _check_part(part)
@@ -224,11 +228,11 @@ def _build(
     part: _SitePlan,
     optimizer: Optimizer | None,
     places: dict[nn.Parameter, tuple[int, int]],
-    generator: torch.Generator,
+    newborns: Newborns,
     renormalise: Renormalise,
 ) -> _SiteChange:
     site = part.site
-    new_A, new_B = _new_factors(part, generator)
+    new_A, new_B = _new_factors(part, newborns)
     factors = [
         _replace(site, old, data, _factor_state(part, old, axis, optimizer), optimizer, places)
         for old, data, axis in ((site.A, new_A, 0), (site.B, new_B, 1))
@@ -314,7 +318,7 @@ def _grow(value: Tensor, axis: int, births: int) -> Tensor:
     return torch.cat([value, value.new_zeros(shape)], dim=axis)
 
 
-def _new_factors(part: _SitePlan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _new_factors(part: _SitePlan, newborns: Newborns) -> tuple[Tensor, Tensor]:
     """Return A and B with the kept components followed by the newborns."""
     site, births = part.site, part.births
     kept = torch.as_tensor(part.keep, device=site.A.device)
@@ -323,10 +327,10 @@ def _new_factors(part: _SitePlan, generator: torch.Generator) -> tuple[Tensor, T
     if births == 0:
         return A, B
     if site.kind == "embedding":  # PEFT starts embeddings at A = 0 and B of standard deviation 1
-        columns = orthogonal_rows(B.flatten(1).T, births, math.sqrt(B.shape[0]), generator)
+        columns = (math.sqrt(B.shape[0]) * newborns(part.index, B.flatten(1).T, births)).to(B)
         return _grow(A, 0, births), torch.cat([B, columns.T], dim=1)
     # PEFT draws A from U(-1/sqrt(in), 1/sqrt(in)): rows of norm 1/sqrt(3).
-    rows = orthogonal_rows(A.flatten(1), births, 1 / math.sqrt(3), generator)
+    rows = (newborns(part.index, A.flatten(1), births) / math.sqrt(3)).to(A)
     return torch.cat([A, rows.view(births, *A.shape[1:])]), _grow(B, 1, births)
 
 
@@ -350,25 +354,6 @@ def _new_magnitude(
     norms = measure_norms(site.layer, new_A, new_B, site.scale)
     rescaled = torch.where(is_zero_row(norms), slot.detach().flatten(), factor * norms)
     return rescaled.to(slot.dtype).view(slot.shape)
-
-
-def orthogonal_rows(live: Tensor, births: int, norm: float, generator: torch.Generator) -> Tensor:
-    """Draw rows orthogonal to the live ones and to each other.
-
-    Args:
-        live: Live rows, shape ``(rank, width)``; they need not be orthogonal.
-        births: Number of rows wanted, at most ``width - rank``.
-        norm: Euclidean norm of each.
-        generator: A CPU generator; equal seeds give equal rows on every device.
-
-    Returns:
-        Rows of shape ``(births, width)``, of the type and on the device of ``live``.
-    """
-    width = live.shape[1]
-    draws = torch.randn(births, width, generator=generator, dtype=torch.float64)
-    basis = torch.cat([live.detach().to("cpu", torch.float64), draws])  # (rank + births, width)
-    orthonormal = torch.linalg.qr(basis.T).Q  # columns after the first `rank` span the complement
-    return (norm * orthonormal.T[len(live) :]).to(live.device, live.dtype)
 
 
 def _commit(changes: Sequence[_SiteChange], optimizer: Optimizer | None) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from rankflow.adapters.newborns import orthogonal
 from rankflow.adapters.sites import find_sites
 from rankflow.fairstart import YOUTH, FairStart
 from rankflow.records import RankPlan
@@ -28,7 +29,7 @@ def make_site(adapt):
 def give_birth(site, optimizer, fair, births, keep=None):
     keep = np.arange(site.rank) if keep is None else np.array(keep, dtype=np.int64)
     plan = RankPlan(keep=(keep,), births=np.array([births]))
-    resize([site], plan, optimizer, torch.Generator().manual_seed(0))
+    resize([site], plan, optimizer, orthogonal(torch.Generator().manual_seed(0)))
     fair.follow(plan)
 
 

@@ -7,10 +7,11 @@ import torch
 import transformers
 from torch import nn
 
+from rankflow.adapters.newborns import orthogonal
 from rankflow.adapters.sites import Site, find_sites
 from rankflow.errors import SurgeryError
 from rankflow.records import RankPlan
-from rankflow.surgery import orthogonal_rows, resize, resize_in_place
+from rankflow.surgery import resize, resize_in_place
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -56,6 +57,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def newborns(seed=0):
+    return orthogonal(generator(seed))
+
+
 def tokens(seed=0):
     return torch.randint(11, (4, 4), generator=generator(seed))
 
@@ -75,7 +80,7 @@ def test_survivors_keep_their_values(mixed, plan, use_dora):
     sites = find_sites(model)
     before = [(s.A.detach().clone(), s.B.detach().clone()) for s in sites]
     magnitudes = [s.magnitude for s in sites]
-    resize(sites, plan, None, generator(), renormalise="none")
+    resize(sites, plan, None, newborns(), renormalise="none")
     for site, (A, B), keep, magnitude in zip(sites, before, plan.keep, magnitudes, strict=True):
         assert torch.equal(site.A[: len(keep)], A[keep])
         assert torch.equal(site.B[:, : len(keep)], B[:, keep])
@@ -89,7 +94,7 @@ def test_survivors_keep_their_state_and_newborns_start_at_zero(mixed, plan, make
     take_steps(model, optimizer)
     sites = find_sites(model)
     before = [(p, dict(optimizer.state[p])) for s in sites for p in (s.A, s.B)]
-    resize(sites, plan, optimizer, generator())
+    resize(sites, plan, optimizer, newborns())
     after = [p for s in sites for p in (s.A, s.B)]
     keeps = [(keep, births) for keep, births in zip(plan.keep, plan.births, strict=True)]
     compared = 0
@@ -128,7 +133,7 @@ def test_factored_moments_follow_the_rank(name, row, column, dropped, mixed):
     take_steps(model, optimizer)
     sites = find_sites(model)
     before = [(dict(optimizer.state[s.A]), dict(optimizer.state[s.B])) for s in sites]
-    resize(sites, make_plan([[0, 2]] * 5, [1, 1, 1, 1, 1]), optimizer, generator())
+    resize(sites, make_plan([[0, 2]] * 5, [1, 1, 1, 1, 1]), optimizer, newborns())
     for site, (state_A, state_B) in zip(sites, before, strict=True):
         for parameter, state, rank_axis in ((site.A, state_A, 0), (site.B, state_B, 1)):
             now = optimizer.state[parameter]
@@ -155,7 +160,7 @@ def test_a_survivors_next_step_is_the_one_it_would_have_taken(name, mixed):
     for model, optimizer in zip(models, optimizers, strict=True):
         take_steps(model, optimizer)
     sites = [find_sites(model) for model in models]
-    resize(sites[1], make_plan([[0, 2]] * 5, [0] * 5), optimizers[1], generator())
+    resize(sites[1], make_plan([[0, 2]] * 5, [0] * 5), optimizers[1], newborns())
     for whole, part in zip(*sites, strict=True):
         for p, q, axis in ((whole.A, part.A, 0), (whole.B, part.B, 1)):
             p.grad = torch.randn(p.shape, generator=generator(7), dtype=p.dtype)
@@ -173,7 +178,7 @@ def test_a_frozen_parameter_stays_frozen(mixed):
     sites[0].A.requires_grad_(False)
     optimizer = torch.optim.AdamW(trainable(model))
     take_steps(model, optimizer, 1)
-    resize(sites, make_plan([[0]] * 5, [1] * 5), optimizer, generator())
+    resize(sites, make_plan([[0]] * 5, [1] * 5), optimizer, newborns())
     assert not sites[0].A.requires_grad
     assert sites[0].B.requires_grad
 
@@ -199,7 +204,7 @@ def test_groups_stay_the_same_objects_and_the_learning_rate_goes_on_decaying(
     order = [[names[id(p)] for p in params] for params in lists]
 
     sites = find_sites(model)
-    resize(sites, plan, optimizer, generator())
+    resize(sites, plan, optimizer, newborns())
 
     assert all(a is b for a, b in zip(optimizer.param_groups, groups, strict=True))
     assert all(g["params"] is params for g, params in zip(groups, lists, strict=True))
@@ -246,7 +251,7 @@ def test_resizing_again_and_again_keeps_training(mixed, make_optimizer, use_dora
         ([[]] * 5, [2] * 5),
         ([[1]] * 5, [1] * 5),
     ):
-        resize(sites, make_plan(keep, births), optimizer, generator())
+        resize(sites, make_plan(keep, births), optimizer, newborns())
         take_steps(model, optimizer, 2) if sites[0].rank or use_dora else None
         assert {id(p) for p in trainable(model)} == {
             id(p) for g in optimizer.param_groups for p in g["params"]
@@ -263,7 +268,7 @@ def test_an_untouched_site_keeps_its_very_parameters(mixed):
     take_steps(model, optimizer)
     sites = find_sites(model)
     before = [(s.A, s.B, optimizer.state[s.A]) for s in sites]
-    resize(sites, make_plan([FULL, FULL, [0], FULL, FULL], [0, 0, 0, 0, 1]), optimizer, generator())
+    resize(sites, make_plan([FULL, FULL, [0], FULL, FULL], [0, 0, 0, 0, 1]), optimizer, newborns())
     for i in (0, 1, 3):
         assert sites[i].A is before[i][0]
         assert sites[i].B is before[i][1]
@@ -275,7 +280,7 @@ def test_a_saved_optimizer_state_loads_after_the_resize(mixed, make_optimizer):
     optimizer = make_optimizer(trainable(model))
     take_steps(model, optimizer)
     sites = find_sites(model)
-    resize(sites, make_plan(*PLANS["both"]), optimizer, generator())
+    resize(sites, make_plan(*PLANS["both"]), optimizer, newborns())
     take_steps(model, optimizer, 1)
     twin = copy.deepcopy(model)
     other = make_optimizer(trainable(twin))
@@ -296,11 +301,11 @@ def test_a_birth_leaves_the_function_as_it_was(
 ):
     model = adapt(host(layer_case), use_dora=use_dora).to(dtype)
     sites = find_sites(model)
-    resize(sites, make_plan([range(keep)], [0]), None, generator())
+    resize(sites, make_plan([range(keep)], [0]), None, newborns())
     x = layer_case.inputs()
     x = x.to(dtype) if x.is_floating_point() else x
     before = model(x).detach()
-    resize(sites, make_plan([range(keep)], [births]), None, generator())
+    resize(sites, make_plan([range(keep)], [births]), None, newborns())
     assert sites[0].rank == keep + births
     assert (model(x) - before).abs().max() <= rtol * before.abs().max()
 
@@ -308,7 +313,7 @@ def test_a_birth_leaves_the_function_as_it_was(
 def test_newborn_directions_are_orthogonal_and_of_pefts_own_length(layer_case, host, adapt):
     model = adapt(host(layer_case)).double()
     (site,) = find_sites(model)
-    resize([site], make_plan([FULL], [2]), None, generator())
+    resize([site], make_plan([FULL], [2]), None, newborns())
     A, B = site.A.detach().flatten(1), site.B.detach().flatten(1).T
     rows, zeros = (B, A) if site.kind == "embedding" else (A, B)
     assert not zeros[3:].any()
@@ -330,25 +335,10 @@ def test_the_length_of_a_newborn_is_that_of_pefts_initialisation(host, adapt):
         (site,) = find_sites(model)
         rows = site.B.detach().T if name == "embedding" else site.A.detach().flatten(1)
         drawn[name] = rows.norm(dim=1).square().mean().sqrt().item()
-        resize([site], make_plan([[0]], [1]), None, generator())
+        resize([site], make_plan([[0]], [1]), None, newborns())
         rows = site.B.detach().T if name == "embedding" else site.A.detach().flatten(1)
         # 40 rows of 50 to 200 entries: the mean square is known to a few percent.
         assert rows[1].norm().item() == pytest.approx(drawn[name], rel=0.1)
-
-
-@pytest.mark.parametrize("live", ["none", "independent", "repeated", "zero", "huge"])
-def test_orthogonal_rows_leave_the_space_of_the_live_ones(live):
-    rows = {
-        "none": torch.zeros(0, 8),
-        "independent": torch.randn(3, 8),
-        "repeated": torch.randn(1, 8).expand(3, 8),
-        "zero": torch.zeros(3, 8),
-        "huge": 1e8 * torch.randn(3, 8),
-    }[live].double()
-    born = orthogonal_rows(rows, 8 - len(rows), 2.0, generator())
-    torch.testing.assert_close(born @ born.T, 4 * torch.eye(len(born)).double())
-    scale = rows.norm(dim=1).max() if len(rows) and rows.any() else 1
-    assert len(rows) == 0 or (rows @ born.T).abs().max() < 1e-13 * scale
 
 
 def test_equal_seeds_give_equal_newborns(mixed):
@@ -356,18 +346,10 @@ def test_equal_seeds_give_equal_newborns(mixed):
     for seed in (0, 0, 1):
         torch.manual_seed(0)
         sites = find_sites(mixed())
-        resize(sites, make_plan([FULL] * 5, [1] * 5), None, generator(seed))
+        resize(sites, make_plan([FULL] * 5, [1] * 5), None, newborns(seed))
         births.append(torch.cat([s.A.detach()[3].flatten() for s in sites[1:]]))
     assert torch.equal(births[0], births[1])
     assert not torch.isclose(births[0], births[2]).any()
-
-
-def test_newborns_do_not_depend_on_the_type_of_the_weights():
-    live = torch.randn(2, 6)
-    exact = orthogonal_rows(live.bfloat16().double(), 2, 1.0, generator())
-    low = orthogonal_rows(live.bfloat16(), 2, 1.0, generator())
-    assert low.dtype == torch.bfloat16
-    assert torch.equal(low, exact.bfloat16())
 
 
 # --- memory
@@ -403,7 +385,7 @@ def test_memory_shrinks_and_grows_with_the_ranks(mixed):
         make_plan([[0], [0, 1], [0, 1], [0], [0]], [2, 0, 1, 1, 0]),
         make_plan([[], [0], [], [0], []], [0] * 5),
     ):
-        resize(sites, plan, optimizer, generator())
+        resize(sites, plan, optimizer, newborns())
         assert held() == (expected(), 2 * expected())
 
 
@@ -414,7 +396,7 @@ def test_an_older_graph_stays_usable_after_the_resize(mixed, use_dora):
     sites = find_sites(model)
     old_A = sites[2].A
     older = model(tokens()).square().mean()
-    resize(sites, make_plan(*PLANS["both"]), optimizer, generator())
+    resize(sites, make_plan(*PLANS["both"]), optimizer, newborns())
     take_steps(model, optimizer)
     older.backward()
     assert old_A.grad.shape == old_A.shape
@@ -427,7 +409,7 @@ def test_old_gradients_do_not_reach_new_parameters(mixed):
     optimizer = torch.optim.AdamW(trainable(model))
     model(tokens()).square().mean().backward()
     sites = find_sites(model)
-    resize(sites, make_plan(*PLANS["both"]), optimizer, generator())
+    resize(sites, make_plan(*PLANS["both"]), optimizer, newborns())
     assert all(p.grad is None for s in sites for p in (s.A, s.B))
     optimizer.step()
 
@@ -510,7 +492,7 @@ def trained(mixed, use_dora):
     model = mixed(use_dora=use_dora)
     optimizer = torch.optim.AdamW(trainable(model))
     resize(
-        find_sites(model), make_plan([FULL, FULL, [], FULL, FULL], [0] * 5), optimizer, generator()
+        find_sites(model), make_plan([FULL, FULL, [], FULL, FULL], [0] * 5), optimizer, newborns()
     )
     take_steps(model, optimizer)
     return model, optimizer
@@ -536,7 +518,7 @@ def test_a_failing_installation_leaves_everything_as_it_was(k, when, trained, mo
 
     monkeypatch.setattr(Site, "install", fail)
     with pytest.raises(KeyboardInterrupt, match="injected"):
-        resize(find_sites(model), HARD_PLAN, optimizer, generator())
+        resize(find_sites(model), HARD_PLAN, optimizer, newborns())
     assert len(calls) >= k
     assert_unchanged(snapshot(model, optimizer), before)
     take_steps(model, optimizer)
@@ -553,7 +535,7 @@ def test_a_failing_optimizer_state_leaves_everything_as_it_was(k, trained, use_d
     before = snapshot(model, optimizer)
     optimizer.state = FailingState(optimizer.state, k)
     with pytest.raises(RuntimeError, match="injected"):
-        resize(find_sites(model), HARD_PLAN, optimizer, generator())
+        resize(find_sites(model), HARD_PLAN, optimizer, newborns())
     assert_unchanged(snapshot(model, optimizer), before)
     optimizer.state.left = 0
     take_steps(model, optimizer)
@@ -562,7 +544,7 @@ def test_a_failing_optimizer_state_leaves_everything_as_it_was(k, trained, use_d
 def test_the_failures_above_reach_the_end_of_the_event(trained, use_dora):
     model, optimizer = trained
     optimizer.state = FailingState(optimizer.state, 10**6)
-    resize(find_sites(model), HARD_PLAN, optimizer, generator())
+    resize(find_sites(model), HARD_PLAN, optimizer, newborns())
     assert 10**6 - optimizer.state.left == CHANGES[use_dora]
 
 
@@ -582,7 +564,7 @@ def test_a_state_that_cannot_be_resized_is_refused_by_the_sites_name(value, mess
     optimizer.state[site.B]["moment"] = quantised if value is None else value
     before = snapshot(model, optimizer)
     with pytest.raises(SurgeryError, match=message):
-        resize(find_sites(model), HARD_PLAN, optimizer, generator())
+        resize(find_sites(model), HARD_PLAN, optimizer, newborns())
     assert_unchanged(snapshot(model, optimizer), before)
 
 
@@ -593,7 +575,7 @@ def test_an_optimizer_that_does_not_hold_the_adapter_is_refused(trained):
     with pytest.raises(
         SurgeryError, match=r"does not train the adapter of site 'second'; build it"
     ):
-        resize(find_sites(model), HARD_PLAN, others, generator())
+        resize(find_sites(model), HARD_PLAN, others, newborns())
     assert_unchanged(snapshot(model, optimizer), before)
 
 
@@ -616,8 +598,8 @@ def test_a_plan_that_does_not_fit_is_refused(keep, births, message, mixed):
     take_steps(model, optimizer)
     before = snapshot(model, optimizer)
     for attempt in (
-        lambda: resize(find_sites(model), make_plan(keep, births), optimizer, generator()),
-        lambda: resize_in_place(find_sites(model), make_plan(keep, births), generator()),
+        lambda: resize(find_sites(model), make_plan(keep, births), optimizer, newborns()),
+        lambda: resize_in_place(find_sites(model), make_plan(keep, births), newborns()),
     ):
         with pytest.raises(SurgeryError, match=message):
             attempt()
@@ -633,9 +615,9 @@ def test_resizing_in_place_keeps_every_parameters_identity(mixed, plan, use_dora
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(parameters)
     sites = find_sites(model)
-    resize_in_place(sites, plan, generator())
+    resize_in_place(sites, plan, newborns())
     assert [id(p) for p in trainable(model)] == [id(p) for p in parameters]
-    resize(find_sites(twin), plan, None, generator())
+    resize(find_sites(twin), plan, None, newborns())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
     assert torch.equal(model(tokens()), twin(tokens()))
@@ -648,6 +630,6 @@ def test_resizing_in_place_drops_gradients_of_the_old_shape(mixed):
     optimizer = torch.optim.AdamW(trainable(model))
     model(tokens()).square().mean().backward()
     sites = find_sites(model)
-    resize_in_place(sites, make_plan([[0]] * 5, [0] * 5), generator())
+    resize_in_place(sites, make_plan([[0]] * 5, [0] * 5), newborns())
     assert all(s.A.grad is None and s.B.grad is None for s in sites)
     take_steps(model, optimizer)

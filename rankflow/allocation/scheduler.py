@@ -73,7 +73,7 @@ class Scheduler:
         """
         limit = self.budget_at(step)
         pooled = pool_magnitudes(table)
-        allowance = self._allowance(pooled, step, limit)
+        allowance = self.allowance(pooled.cost_of(pooled.ranks), step)
         guarded = _protect_young(pooled, self.protect, limit)
         candidates = _choose_candidates(pooled, allowance)
         promised = np.nextafter(pooled.demand / (1 + self.hysteresis), 0)  # the living win a tie
@@ -82,12 +82,17 @@ class Scheduler:
         plan = plan_from_ranks(guarded, _moderate(pooled, target, allowance, limit))
         return unpool_plan(plan, table)
 
-    def _allowance(self, table: ComponentTable, step: int, limit: int) -> int:
-        """Parameters that newborns may take: what is free, and the share that may move."""
+    def allowance(self, spent: int, step: int) -> int:
+        """Parameters that newborns may take: what is free, and the share that may move.
+
+        Args:
+            spent: Trainable adapter parameters before the event.
+            step: Optimizer steps taken.
+        """
+        limit = self.budget_at(step)
         window = self.last_event - self.warmup_steps
         remaining = min(max((self.last_event - step) / window, 0.0), 1.0)
-        free = max(limit - table.cost_of(table.ranks), 0)
-        return free + int(self.recycle * remaining * limit)
+        return max(limit - spent, 0) + int(self.recycle * remaining * limit)
 
 
 def _protect_young(table: ComponentTable, protect: int, limit: int) -> ComponentTable:

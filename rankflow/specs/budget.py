@@ -33,6 +33,7 @@ Policy = Literal[
 ]
 MagnitudeMode = Literal["always", "never", "budgeted"]
 Renormalise = Literal["keep-scale", "none"]
+Growth = Literal["gradient", "orthogonal", "random"]
 TargetKey = Literal["rank", "params", "fraction", "bytes"]
 
 TARGETS: Final[tuple[TargetKey, ...]] = ("rank", "params", "fraction", "bytes")
@@ -99,6 +100,9 @@ class BudgetSpec(Spec):
             as long as it earns its parameters.
         renormalise: What a magnitude does when its site loses components, which moves the norms of
             all rows: keep the scale of what stays (``m`` times new norm by old), or its value.
+        grow: Where newborns point: along the gradient where it is largest outside of what their
+            site spans, at random orthogonal to it, or at random as PEFT initialises.
+        grow_steps: Steps before an event over which that gradient is averaged.
         min_rank: Smallest rank of every site.
         max_rank: Largest rank of every site; None for the smaller side of its matrix.
         bounds: Other bounds for some sites, by pattern.
@@ -129,6 +133,8 @@ class BudgetSpec(Spec):
     protect: NonNegativeInt = 1
     magnitude: MagnitudeMode = "always"
     renormalise: Renormalise = "keep-scale"
+    grow: Growth = "gradient"
+    grow_steps: PositiveInt = 4
     min_rank: NonNegativeInt = 0
     max_rank: NonNegativeInt | None = None
     bounds: dict[Pattern, RankBounds] = Field(default_factory=dict)

@@ -18,6 +18,7 @@ from rankflow import surgery
 from rankflow.adapters import row_norms
 from rankflow.adapters.dead import DeadVariant
 from rankflow.adapters.dora import accelerate_dora
+from rankflow.adapters.newborns import orthogonal
 from rankflow.adapters.row_norms import row_norms_of_sum
 from rankflow.adapters.sites import find_sites
 from rankflow.engine import RankFlow
@@ -680,13 +681,13 @@ def plan(keep, births):
 
 def test_a_dead_site_stays_dead_and_revives_into_ours(layer_case, dora_model):
     model = dora_model(layer_case)
-    surgery.resize(find_sites(model), plan([], 0), None, seed())
+    surgery.resize(find_sites(model), plan([], 0), None, orthogonal(seed()))
     assert accelerate_dora(model) == 1
     ((variant,),) = [variants(model)]
     assert isinstance(variant, DeadVariant)
     assert type(variant.revived).__module__ == "rankflow.adapters.dora"
     model(to(torch.float64, layer_case.inputs()))
-    surgery.resize(find_sites(model), plan([], 2), None, seed())
+    surgery.resize(find_sites(model), plan([], 2), None, orthogonal(seed()))
     assert type(variants(model)[0]).__module__ == "rankflow.adapters.dora"
 
 
@@ -699,12 +700,12 @@ def test_a_site_that_died_and_came_back_is_pefts(accelerated, layer_case, dora_m
         accelerate_dora(model)
     model(x)
     for each in (model, stock):
-        surgery.resize(find_sites(each), plan([], 0), None, seed())
+        surgery.resize(find_sites(each), plan([], 0), None, orthogonal(seed()))
     if accelerated != "alive":
         accelerate_dora(model)
     assert agree(outcome(model, x), outcome(stock, x))
     for each in (model, stock):
-        surgery.resize(find_sites(each), plan([], 2), None, seed())
+        surgery.resize(find_sites(each), plan([], 2), None, orthogonal(seed()))
         for p in (find_sites(each)[0].A, find_sites(each)[0].B):
             p.data = torch.randn(p.shape, generator=seed()).double()
     assert agree(outcome(model, x), outcome(stock, x))
@@ -787,9 +788,9 @@ def resize(keep, births, times=1, in_place=False):
     def change(model):
         for _ in range(times):
             if in_place:
-                surgery.resize_in_place(find_sites(model), plan(keep, births), seed())
+                surgery.resize_in_place(find_sites(model), plan(keep, births), orthogonal(seed()))
             else:
-                surgery.resize(find_sites(model), plan(keep, births), None, seed())
+                surgery.resize(find_sites(model), plan(keep, births), None, orthogonal(seed()))
 
     return change
 

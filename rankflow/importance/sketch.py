@@ -1,0 +1,301 @@
+r"""In which directions would a new component learn? A sketch of the weight's gradient answers.
+
+A newborn ``b a^T`` starts at ``b = 0``, where its only gradient is
+
+.. math:: \partial L / \partial b = s\, G a, \qquad
+    G = \operatorname{diag}(c) \sum_\text{tokens} \delta^\top x,
+
+with the layer's input x and the gradient :math:`\delta` of its output. Under DoRA
+:math:`c = m / n`, because the newborn adds to the direction ``V = W + s B A`` and the output is
+``c * V x`` with n held constant; without a magnitude ``c = 1``. So the best rows a are the first
+right-singular vectors of G, averaged over some steps, outside of what the live rows span. (An
+embedding's newborns start at ``a = 0`` with b drawn, so there they are left-singular vectors.)
+
+G has the weight's size and is never formed. With random :math:`\Omega` and :math:`\Psi` the thin
+products
+
+.. math:: Y = G \Omega, \qquad Z = \Psi^\top G
+
+are sums over tokens, microbatches, steps and processes, and give
+:math:`G \approx Q (\Psi^\top Q)^+ Z` with ``Q = orth(Y)``: exactly, up to rounding, if the rank of
+G is at most the sketch's width (Tropp, Yurtsever, Udell and Cevher 2017, arXiv 1609.00048). The
+factor c is put on at the end, with the weights that the newborn will meet.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from rankflow.adapters.base_weight import magnitude_factor
+from rankflow.adapters.dora import norms_of
+from rankflow.adapters.sites import Site
+from rankflow.adapters.weight_gradient import project
+from rankflow.importance.watch import watch
+
+logger = logging.getLogger(__name__)
+
+# Rows of Z for each column of Y. Spectra of gradients decay slowly, and with two, as for a quick
+# decay (Tropp et al.), the first direction keeps 0.3 of the energy of the best one where s_i is
+# i^-1/2; with four it keeps 0.7. Wider sketches gain less for the same memory.
+_OVERSAMPLING = 4
+
+# Directions this far below the first are rounding: sums of bfloat16 products have three digits.
+_NEGLIGIBLE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """The sketches of all sites on one device, in one stretch of memory.
+
+    Attributes:
+        step: Sums of the step that is under way.
+        total: Sums of the accepted steps.
+    """
+
+    step: Tensor
+    total: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _SiteSketch:
+    """Views into ``_Sums``, and the test matrices, which sites of equal size share."""
+
+    right: Tensor  # (in, k)
+    left: Tensor  # (out, l)
+    step: tuple[Tensor, Tensor]  # (out, k) and (l, in)
+    total: tuple[Tensor, Tensor]
+
+
+class GradientSketch:
+    r"""Sketches the gradient of every site's effective weight while it is open.
+
+    A step in the open costs four thin products at each site and :math:`O((\text{in} + \text{out})
+    k)` memory; closed it costs nothing. Sketches are additive: in a job of several processes that
+    each average their loss, the mean over processes of all tensors of ``state`` is the sketch of
+    the whole batch.
+
+    Args:
+        sites: The sites.
+        width: k, the number of directions that the sketch resolves.
+        seed: Seed of the test matrices, which are equal on every device and in every process.
+    """
+
+    def __init__(self, sites: Sequence[Site], *, width: int, seed: int) -> None:
+        self._sites = tuple(sites)
+        self._width = width
+        self._seed = seed
+        self._handles: list[RemovableHandle] = []
+        self._warned = False
+        self.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether gradients are being sketched."""
+        return bool(self._handles)
+
+    def open(self, sites: Sequence[Site], event: int = 0) -> None:
+        """Sketch the gradients of these sites from now on, afresh.
+
+        Args:
+            sites: The sites.
+            event: Running number of the event ahead; each has test matrices of its own.
+        """
+        self.close()
+        self._sites = tuple(sites)
+        self._allocate(event)
+        self._count = torch.zeros((), device=self._sites[0].A.device)
+        self._handles = [watch(site, partial(self._note, i)) for i, site in enumerate(sites)]
+
+    def close(self) -> None:
+        """Remove the hooks and forget everything."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._sums: list[_Sums] = []
+        self._sketches: list[_SiteSketch] = []
+        self._passes = 0
+
+    def observe(self, accept: Tensor, loss_scale: Tensor | float) -> None:
+        """Fold in the step whose backward passes are done; does not wait for the device.
+
+        Args:
+            accept: Whether the step counts, a boolean of shape ``()``.
+            loss_scale: Factor that a gradient scaler put on the loss.
+        """
+        if not self.is_open:
+            return
+        self._check_passes()
+        for sums in self._sums:
+            home = sums.step.device
+            scale = torch.as_tensor(loss_scale).to(home, non_blocking=True)
+            here = accept.to(home, non_blocking=True)
+            sums.total.add_(torch.where(here, sums.step.div_(scale), 0))
+            sums.step.zero_()
+        self._count += accept
+
+    def directions(self, index: int, count: int, live: Tensor | None = None) -> Tensor:
+        """Return the directions in which a newborn's gradient is largest.
+
+        Args:
+            index: Index of the site.
+            count: How many at most.
+            live: Rows to stay away from, shape ``(rank, width)``: the best directions of their
+                complement are returned.
+
+        Returns:
+            Orthonormal rows, best first, float64 on the CPU: rows of A, ``in_features`` wide, or
+            for an embedding columns of B, ``out_features`` wide. There are fewer than ``count``
+            where the gradient has fewer; none while the sketch is closed or has seen nothing.
+        """
+        if not self.is_open:
+            site = self._sites[index]
+            width = site.out_features if site.kind == "embedding" else site.in_features
+            return torch.zeros(0, width, dtype=torch.float64)
+        core = self._core(index, torch.device("cpu"), torch.float64)
+        largest = torch.linalg.matrix_norm(core, ord=2)
+        outside = core if live is None else _outside(core, live)
+        strengths, rows = torch.linalg.svd(outside, full_matrices=False)[1:]
+        found = rows[(strengths > _NEGLIGIBLE * largest)][:count]
+        heads = found.gather(1, found.abs().argmax(dim=1, keepdim=True))
+        return found * heads.sign()  # a singular vector is known up to its sign
+
+    def energy(self) -> Tensor:
+        r"""Estimate the largest singular value of each site's average gradient G.
+
+        For a unit row a of A, :math:`s\, \sigma_1(G)` is the longest gradient that a newborn's b
+        can receive.
+
+        Returns:
+            Shape ``(S,)``, on the sites' device; 0 while the sketch is closed or has seen nothing.
+        """
+        home = self._sites[0].A.device
+        if not self.is_open:
+            return torch.zeros(len(self._sites), device=home)
+        sketched = enumerate(self._sketches)
+        cores = [self._core(i, s.right.device, s.right.dtype) for i, s in sketched]
+        largest = [torch.linalg.matrix_norm(core, ord=2).to(home) for core in cores]
+        return torch.stack(largest) / self._count.clamp_min(1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that a run resumed within the window needs; nothing while closed."""
+        if not self.is_open:
+            return {}
+        parts = [("Y", 0), ("Z", 1)]
+        totals = {f"{i}.{n}": s.total[j] for i, s in enumerate(self._sketches) for n, j in parts}
+        return totals | {"count": self._count}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore what ``state`` returned into a sketch opened for the same event."""
+        for key, tensor in self.state().items():
+            tensor.copy_(state[key])
+
+    def _check_passes(self) -> None:
+        if self._passes == 0 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "no backward pass was seen, so newborns will point at random; a model compiled "
+                "before overlooks hooks: set torch._dynamo.config.skip_nnmodule_hook_guards = "
+                'False before it is compiled, or grow = "orthogonal"'
+            )
+
+    @torch.no_grad()
+    def _note(self, index: int, x: Tensor, delta: Tensor) -> None:
+        """Add one backward pass of one site to the step under way."""
+        self._passes += 1
+        sketch = self._sketches[index]
+        products = project(self._sites[index], x, delta, sketch.right, sketch.left)
+        for buffer, product in zip(sketch.step, products, strict=True):
+            buffer.add_(product)
+
+    def _core(self, index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        r"""Return few rows with the Gram matrix of :math:`G` (embeddings: of :math:`G^\top`)."""
+        site, sketch = self._sites[index], self._sketches[index]
+        Y, Z = (t.to(device, dtype) for t in sketch.total)
+        finite = torch.isfinite(Y).all() & torch.isfinite(Z).all()
+        Y, Z = torch.where(finite, Y, 0), torch.where(finite, Z, 0)
+        Q, X = low_rank(Y, Z, sketch.left.to(device, dtype))
+        if site.magnitude is not None:
+            norms = norms_of(site)
+            factor = magnitude_factor(site.magnitude.detach(), norms)
+            Q = Q * factor.to(device, dtype).unsqueeze(1)
+        if site.kind == "embedding":
+            return torch.linalg.qr(X.T).R @ Q.T  # (k, out)
+        return torch.linalg.qr(Q).R @ X  # (k, in)
+
+    def _allocate(self, event: int) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, site in enumerate(self._sites):
+            dtype = torch.promote_types(site.A.dtype, torch.float32)
+            groups.setdefault((site.A.device, dtype), []).append(i)
+        made: dict[int, _SiteSketch] = {}
+        for (device, dtype), members in groups.items():
+            draws = _Draws((self._seed, event), device, dtype)
+            shapes = [self._shapes(self._sites[i]) for i in members]
+            flat = [a * b for pair in shapes for a, b in pair]
+            sums = _Sums(*(torch.zeros(sum(flat), device=device, dtype=dtype) for _ in range(2)))
+            self._sums.append(sums)
+            steps, totals = sums.step.split(flat), sums.total.split(flat)
+            for j, i in enumerate(members):
+                (out, k), (columns, width) = shapes[j]
+                made[i] = _SiteSketch(
+                    right=draws.matrix(0, width, k),
+                    left=draws.matrix(1, out, columns),
+                    step=(steps[2 * j].view(out, k), steps[2 * j + 1].view(columns, width)),
+                    total=(totals[2 * j].view(out, k), totals[2 * j + 1].view(columns, width)),
+                )
+        self._sketches = [made[i] for i in range(len(self._sites))]
+
+    def _shapes(self, site: Site) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the shapes of Y and Z."""
+        k = min(self._width, site.in_features, site.out_features)
+        return (site.out_features, k), (_OVERSAMPLING * k, site.in_features)
+
+
+class _Draws:
+    """Random test matrices; those of one side and size are the same matrix."""
+
+    def __init__(self, seed: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+        self._seed, self._device, self._dtype = seed, device, dtype
+        self._made: dict[tuple[int, int, int], Tensor] = {}
+
+    def matrix(self, side: int, rows: int, columns: int) -> Tensor:
+        """Return normal numbers of shape ``(rows, columns)`` that are exact in bfloat16."""
+        key = (side, rows, columns)
+        if key not in self._made:
+            words = np.random.SeedSequence([*self._seed, *key]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(words[0]))
+            drawn = torch.randn(rows, columns, generator=generator).bfloat16()
+            self._made[key] = drawn.to(self._device, self._dtype)
+        return self._made[key]
+
+
+def low_rank(Y: Tensor, Z: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Recover :math:`G \approx Q X` from its products with test matrices.
+
+    Args:
+        Y: :math:`G \Omega`, shape ``(out, k)``.
+        Z: :math:`\Psi^\top G`, shape ``(l, in)``, ``l >= k``.
+        left: :math:`\Psi`, shape ``(out, l)``.
+
+    Returns:
+        Q with orthonormal columns, shape ``(out, k)``, and X, shape ``(k, in)``.
+    """
+    Q = torch.linalg.qr(Y).Q
+    # The default driver on a CPU, gelsy, gives other last bits at every call.
+    return Q, torch.linalg.lstsq(left.T @ Q, Z, driver="gels").solution
+
+
+def _outside(rows: Tensor, live: Tensor) -> Tensor:
+    """Take out of rows what the live rows span; these may be dependent, or zero."""
+    strengths, basis = torch.linalg.svd(live.detach().to(rows), full_matrices=False)[1:]
+    largest = strengths.max() if len(strengths) else 0.0
+    basis = basis[strengths > torch.finfo(live.dtype).eps * largest]
+    for _ in range(2):  # the second pass takes out the rounding of the first
+        rows = rows - (rows @ basis.T) @ basis
+    return rows
