@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rankflow.adapters.gating import draw_components
 from rankflow.adapters.sites import Site
 from rankflow.errors import SurgeryError
 from rankflow.records import IntArray, RankPlan
@@ -39,8 +40,7 @@ class _Replacement:
 @dataclass(frozen=True, slots=True)
 class _SiteChange:
     site: Site
-    A: _Replacement
-    B: _Replacement
+    factors: tuple[_Replacement, ...]
 
 
 def resize(
@@ -50,7 +50,8 @@ def resize(
 
     Survivors keep their values and their optimizer state. A newborn's row of A is orthogonal to the
     site's live rows and has the norm of PEFT's own initialisation, and its column of B is zero, so
-    the function stays what it was (for embeddings the roles are swapped, as in PEFT).
+    the function stays what it was (for embeddings the roles are swapped, as in PEFT). With gates
+    both are drawn as at the start of training, and the gate is zero.
 
     Args:
         sites: The sites, in the plan's order.
@@ -89,12 +90,12 @@ def resize_in_place(sites: Sequence[Site], plan: RankPlan, generator: torch.Gene
     for site, keep, births in zip(sites, plan.keep, plan.births, strict=True):
         if len(keep) == site.rank and births == 0:
             continue
-        A, B = site.A, site.B
-        new_A, new_B = _new_factors(site, keep, int(births), generator)
-        for parameter, data in ((A, new_A), (B, new_B)):
+        parameters = [parameter for parameter, _ in site.factors]
+        new = _new_factors(site, keep, int(births), generator)
+        for parameter, data in zip(parameters, new, strict=True):
             parameter.grad = None
             parameter.data = data
-        site.install(A, B)
+        site.install(*parameters)
 
 
 def check_state(site: Site, optimizer: Optimizer) -> None:
@@ -109,7 +110,7 @@ def check_state(site: Site, optimizer: Optimizer) -> None:
     Raises:
         SurgeryError: The optimizer has taken steps while the site had another rank.
     """
-    for parameter in (site.A, site.B):
+    for parameter, _ in site.factors:
         for key, value in optimizer.state.get(parameter, {}).items():
             is_whole = isinstance(value, Tensor) and value.ndim > 0 and key not in _FACTORED
             if is_whole and value.numel() > 1 and value.shape != parameter.shape:
@@ -161,12 +162,12 @@ def _build(
     places: dict[nn.Parameter, tuple[int, int]],
     generator: torch.Generator,
 ) -> _SiteChange:
-    new_A, new_B = _new_factors(site, keep, births, generator)
-    return _SiteChange(
-        site,
-        _replace(site, site.A, new_A, 0, keep, births, optimizer, places),
-        _replace(site, site.B, new_B, 1, keep, births, optimizer, places),
+    new = _new_factors(site, keep, births, generator)
+    replacements = (
+        _replace(site, old, data, axis, keep, births, optimizer, places)
+        for (old, axis), data in zip(site.factors, new, strict=True)
     )
+    return _SiteChange(site, tuple(replacements))
 
 
 def _replace(
@@ -242,19 +243,29 @@ def _grow(value: Tensor, axis: int, births: int) -> Tensor:
 
 def _new_factors(
     site: Site, keep: IntArray, births: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return A and B with the kept components followed by the newborns."""
+) -> tuple[Tensor, ...]:
+    """Return the site's factors with the kept components followed by the newborns."""
     kept = torch.as_tensor(keep, device=site.A.device)
-    A = site.A.detach().index_select(0, kept)
-    B = site.B.detach().index_select(1, kept)
+    survivors = tuple(factor.detach().index_select(axis, kept) for factor, axis in site.factors)
     if births == 0:
-        return A, B
+        return survivors
+    if site.gate is not None:
+        return _with_gated_newborns(site, survivors, births, generator)
+    A, B = survivors
     if site.kind == "embedding":  # PEFT starts embeddings at A = 0 and B of standard deviation 1
         columns = orthogonal_rows(B.flatten(1).T, births, math.sqrt(B.shape[0]), generator)
         return _grow(A, 0, births), torch.cat([B, columns.T], dim=1)
     # PEFT draws A from U(-1/sqrt(in), 1/sqrt(in)): rows of norm 1/sqrt(3).
     rows = orthogonal_rows(A.flatten(1), births, 1 / math.sqrt(3), generator)
     return torch.cat([A, rows.view(births, *A.shape[1:])]), _grow(B, 1, births)
+
+
+def _with_gated_newborns(
+    site: Site, survivors: Sequence[Tensor], births: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    A, B, gate = survivors
+    new_A, new_B = draw_components(site, births, len(gate) + births, generator)
+    return torch.cat([A, new_A]), torch.cat([B, new_B], dim=1), _grow(gate, 0, births)
 
 
 def orthogonal_rows(live: Tensor, births: int, norm: float, generator: torch.Generator) -> Tensor:
@@ -282,13 +293,13 @@ def _commit(changes: Sequence[_SiteChange], optimizer: Optimizer | None) -> None
     try:
         for change in changes:
             done.append(change)
-            change.site.install(change.A.new, change.B.new)
-            for replacement in (change.A, change.B):
+            change.site.install(*(replacement.new for replacement in change.factors))
+            for replacement in change.factors:
                 _rekey(optimizer, replacement)
     except BaseException:
         for change in done:
-            change.site.install(change.A.old, change.B.old)
-            for replacement in (change.A, change.B):
+            change.site.install(*(replacement.old for replacement in change.factors))
+            for replacement in change.factors:
                 _set_in_group(optimizer, replacement, replacement.old)
         if optimizer is not None:
             optimizer.state.clear()

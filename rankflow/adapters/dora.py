@@ -42,6 +42,7 @@ from rankflow.adapters.base_weight import (
     output_axis,
 )
 from rankflow.adapters.dead import DeadVariant
+from rankflow.adapters.gate import GatedVariant, apply_B, effective_B, stored_factors
 from rankflow.adapters.sites import find_sites
 from rankflow.errors import SiteError
 
@@ -79,11 +80,7 @@ def accelerate_dora(model: nn.Module, adapter_name: str = "default") -> int:
     _Epoch.watch_optimizers()
     for site in sites:
         variants = site.layer.lora_variant
-        current = variants[adapter_name]
-        if isinstance(current, DeadVariant):
-            current.revived = _fast(current.revived)
-        else:
-            variants[adapter_name] = _fast(current)
+        variants[adapter_name] = _fast(variants[adapter_name])
     return len(sites)
 
 
@@ -198,13 +195,15 @@ class _NormCache:
         """Copy and pickle as an empty cache."""
         return _NormCache, ()
 
-    def norms(self, layer: LoraLayer, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Return the norms of ``W + s B A``, shape ``(out,)``."""
+    def norms(self, layer: LoraLayer, adapter_name: str, A: Tensor, B: Tensor) -> Tensor:
+        """Return the norms of ``W + s B A``, shape ``(out,)``; B has its gate folded in."""
+        scale = layer.scaling[adapter_name]
         if torch.compiler.is_compiling():
             return measure_norms(layer, A, B, scale)
+        factors = stored_factors(layer, adapter_name)
         weight = layer.get_base_layer().weight
         seen_weight = (_identity(weight), _Epoch.steps if weight.requires_grad else None)
-        seen = (_Epoch.steps, scale, seen_weight, _identity(A), _identity(B))
+        seen = (_Epoch.steps, scale, seen_weight, *(_identity(factor) for factor in factors))
         if self._norms is None or seen != self._seen:
             with torch.inference_mode(False):  # training may follow
                 if seen_weight != self._seen_weight:
@@ -212,7 +211,7 @@ class _NormCache:
                     self._seen_weight = seen_weight
                 self._norms = measure_norms(layer, A, B, scale, squares=self._squares)
             self._seen = seen
-            self._alive = [tensor.untyped_storage() for tensor in (weight, A, B)]
+            self._alive = [tensor.untyped_storage() for tensor in (weight, *factors)]
         return self._norms
 
 
@@ -352,9 +351,9 @@ class FastLinear(DoraLinearVariant):
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Return the layer's output, given the base layer's output ``result``."""
-        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        A, B = module.lora_A[active_adapter].weight, effective_B(module, active_adapter)
         scale = module.scaling[active_adapter]
-        norms = self.cache.norms(module, A, B, scale)
+        norms = self.cache.norms(module, active_adapter, A, B)
         with _own_precision(result):
             return _Compose.apply(
                 result,
@@ -378,14 +377,15 @@ class _FastConv:
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Return the layer's output, given the base layer's output ``result``."""
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        lora_A, B = module.lora_A[active_adapter], effective_B(module, active_adapter)
         scale = module.scaling[active_adapter]
-        norms = self.cache.norms(module, lora_A.weight, lora_B.weight, scale)
+        norms = self.cache.norms(module, active_adapter, lora_A.weight, B)
         channels = (-1, *[1] * (result.ndim - 2))
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         factor = magnitude_factor(magnitude, norms).view(channels)
         x = module._cast_input_dtype(x, lora_A.weight.dtype)
-        branch = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scale
+        hidden = lora_A(module.lora_dropout[active_adapter](x))
+        branch = apply_B(module, active_adapter, hidden, B) * scale
         bias = module.get_base_layer().bias
         if bias is not None:
             result = result - bias.view(channels)
@@ -415,9 +415,9 @@ class FastEmbedding(DoraEmbeddingVariant):
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Return the layer's output, given the base layer's output ``result``."""
-        A, B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
+        A, B = module.lora_embedding_A[active_adapter], effective_B(module, active_adapter)
         scale = module.scaling[active_adapter]
-        norms = self.cache.norms(module, A, B, scale)
+        norms = self.cache.norms(module, active_adapter, A, B)
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         factor = magnitude_factor(magnitude, norms).to(result.dtype)
         branch = functional.linear(module._embed(x, A.T), B) * scale
@@ -438,5 +438,9 @@ _FAST = {
 
 def _fast(variant: Any) -> Any:
     """Return the fast form of a DoRA variant, PEFT's or fast already, with nothing remembered."""
+    if isinstance(variant, DeadVariant):
+        return DeadVariant(_fast(variant.revived))
+    if isinstance(variant, GatedVariant):
+        return GatedVariant(_fast(variant.inner))
     make: Any = _FAST.get(type(variant), type(variant))
     return make()

@@ -26,9 +26,10 @@ from peft.tuners.lora.variants import (
     DoraEmbeddingVariant,
     DoraLinearVariant,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from rankflow.adapters.dead import DeadVariant
+from rankflow.adapters.gate import GatedVariant, effective_B, find_gate
 from rankflow.errors import SiteError
 from rankflow.records import SiteInfo, SiteKind
 
@@ -39,6 +40,7 @@ _SUPPORTED_VARIANTS = (
     DoraConv3dVariant,
     DoraEmbeddingVariant,
     DoraLinearVariant,
+    GatedVariant,
 )
 
 
@@ -75,6 +77,23 @@ class Site:
         return self.layer.lora_B[self.adapter_name].weight
 
     @property
+    def gate(self) -> nn.Parameter | None:
+        """Factor c of each component, shape ``(rank,)``, or None for ordinary components."""
+        return find_gate(self.layer, self.adapter_name)
+
+    @property
+    def factors(self) -> tuple[tuple[nn.Parameter, int], ...]:
+        """A, B and, if there is one, the gate, each with its axis that runs over components."""
+        gate = self.gate
+        pair = ((self.A, 0), (self.B, 1))
+        return pair if gate is None else (*pair, (gate, 0))
+
+    @property
+    def effective_B(self) -> Tensor:  # noqa: N802
+        """B with the gate folded in, so that the update is ``scale * effective_B @ A``."""
+        return effective_B(self.layer, self.adapter_name)
+
+    @property
     def magnitude(self) -> nn.Parameter | None:
         """DoRA's magnitude, ``out_features`` entries, or None for plain LoRA."""
         if self.adapter_name not in self.layer.lora_magnitude_vector:
@@ -105,7 +124,8 @@ class Site:
     def parameters(self) -> int:
         """Trainable adapter parameters held now."""
         magnitude = self.magnitude
-        return self.A.numel() + self.B.numel() + (0 if magnitude is None else magnitude.numel())
+        factors = sum(factor.numel() for factor, _ in self.factors)
+        return factors + (0 if magnitude is None else magnitude.numel())
 
     def describe(self, min_rank: int = 0, max_rank: int | None = None) -> SiteInfo:
         """Return the site's facts, with bounds on its rank cut to what the matrix can hold."""
@@ -118,16 +138,22 @@ class Site:
             has_magnitude=self.magnitude is not None,
             min_rank=min(min_rank, largest),
             max_rank=largest if max_rank is None else min(max_rank, largest),
+            has_gate=self.gate is not None,
         )
 
-    def install(self, A: nn.Parameter, B: nn.Parameter) -> None:
+    def install(self, A: nn.Parameter, B: nn.Parameter, gate: nn.Parameter | None = None) -> None:
         """Put new factors of one rank in place, and keep PEFT's own record of the rank in step.
+
+        A gated site takes a gate, and no other.
 
         ``r``, ``lora_alpha`` and ``scaling`` stay consistent, so that PEFT's ``set_scale`` and
         ``unscale_layer`` do not rescale the adapter later. A dead site is recorded with ``r = 1``,
         since PEFT divides by it.
         """
         rank = A.shape[0]
+        if gate is not None:
+            self.layer.lora_gate[self.adapter_name] = gate
+        assert len(A) == B.shape[1] == len(A if self.gate is None else self.gate), "ranks differ"
         if self.kind == "embedding":
             self.layer.lora_embedding_A[self.adapter_name] = A
             self.layer.lora_embedding_B[self.adapter_name] = B
