@@ -13,6 +13,8 @@ from rankflow.errors import CheckpointError
 STATE_FILE = "rankflow_state.safetensors"
 SCHEMA = 1
 
+_GATED = "gated/"
+
 
 def save_state(state: dict[str, Any], folder: str | Path) -> Path:
     """Write ``RankFlow.state_dict()`` into a checkpoint's folder, whole or not at all.
@@ -26,9 +28,11 @@ def save_state(state: dict[str, Any], folder: str | Path) -> Path:
     """
     path = Path(folder) / STATE_FILE
     temporary = path.with_name(f".{path.name}.part")
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in state["scorer"].items()}
-    values = {"schema": SCHEMA} | {key: v for key, v in state.items() if key != "scorer"}
-    save_file(tensors, temporary, metadata={"state": json.dumps(values)})
+    tensors = state["scorer"] | {_GATED + key: value for key, value in state["gated"].items()}
+    stored = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+    values = {key: value for key, value in state.items() if key not in ("scorer", "gated")}
+    values = {"schema": SCHEMA} | values
+    save_file(stored, temporary, metadata={"state": json.dumps(values)})
     os.replace(temporary, path)
     return path
 
@@ -53,11 +57,14 @@ def load_state(folder: str | Path) -> dict[str, Any]:
             state: dict[str, Any] = json.loads(file.metadata()["state"])
             schema = state.pop("schema")
             # The handle has keys() and no iterator.
-            state["scorer"] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); resume from an older checkpoint"
         ) from error
+    gated = {key for key in tensors if key.startswith(_GATED)}
+    state["scorer"] = {key: tensor for key, tensor in tensors.items() if key not in gated}
+    state["gated"] = {key.removeprefix(_GATED): tensors[key] for key in gated}
     if schema != SCHEMA:
         raise CheckpointError(
             f"{path} has schema {schema!r} and this version reads {SCHEMA}; resume with the "

@@ -22,9 +22,10 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankflow import surgery
+from rankflow import dem, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dead import translate_state_dicts
+from rankflow.adapters.gating import add_gates, check_untrained, start_gates
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.allocation.demand import estimate_demand
@@ -63,6 +64,10 @@ class RankFlow:
     At construction the sites are resized evenly to the start budget, in place, so an optimizer may
     be made before or after, as long as it has not stepped. The model stays a stock ``PeftModel``.
 
+    A budget of gated components puts gates on the adapter, which must be new, and draws its factors
+    afresh; an optimizer made before needs ``attach`` before its first step then. The scale stays
+    PEFT's ``alpha / r``, whatever the ranks.
+
     Args:
         model: A ``peft.PeftModel`` with a LoRA or DoRA adapter.
         budget: The budget, from ``load_budget``.
@@ -96,6 +101,11 @@ class RankFlow:
         self.sinks = list(sinks)
         self._sites = find_sites(model, adapter_name)
         check_trainable(model, adapter_name, self._sites)
+        starts_gates = budget.components == "gated" and self._sites[0].gate is None
+        if starts_gates:
+            if resume is None:
+                check_untrained(self._sites)
+            add_gates(model, adapter_name, self._sites)
         self.resolved = resolve_budget(
             budget,
             [site.describe(*budget.bounds_of(site.name)) for site in self._sites],
@@ -114,6 +124,8 @@ class RankFlow:
         self._fair_start = FairStart(self._sites)
         if resume is None:
             self._resize_in_place(self.resolved.start_ranks)
+            if starts_gates:
+                start_gates(self._sites, self._generator(0))
         else:
             self.load_state_dict(resume)
 
@@ -124,7 +136,7 @@ class RankFlow:
 
     @property
     def spent(self) -> int:
-        """Trainable adapter parameters now: A, B and magnitudes of all sites."""
+        """Trainable adapter parameters now: A, B, gates and magnitudes of all sites."""
         return sum(site.parameters for site in self._sites)
 
     @property
@@ -161,6 +173,25 @@ class RankFlow:
             self._scorer.observe(self._gradients.unclip(loss_scale), accept)
         self._observed += 1
 
+    def penalty(self) -> Tensor:
+        """Return what the budget's regulariser adds to the loss of a step, a scalar.
+
+        In a loop of your own, add it to the loss; under gradient accumulation, to the loss of one
+        micro-batch. It is 0 if the budget has none, and once pruning has ended.
+        """
+        if not self._is_regularised:
+            return torch.zeros((), device=self._sites[0].A.device)
+        return self.budget.dem * dem.penalty(self._sites, self._start_components)
+
+    def regularise(self) -> None:
+        """Add the gradient of ``penalty`` to this step's gradients, instead of adding it to a loss.
+
+        Call it after ``observe``, so that the scores see the loss alone. The addition is not
+        clipped.
+        """
+        if self._is_regularised:
+            dem.add_gradient(self._sites, self._start_components, self.budget.dem)
+
     def step(self, optimizer: Optimizer) -> RankEvent | None:
         """Count one optimizer step, and reallocate if an event is due.
 
@@ -191,7 +222,8 @@ class RankFlow:
     def attach(self, optimizer: Optimizer) -> None:
         """Name the optimizer before its first step; ``step`` does so otherwise.
 
-        It matters in a resumed run only, where young components may need their fair start at once.
+        It matters in a resumed run, where young components may need their fair start at once, and
+        for an optimizer that was made before the engine put gates on the components.
 
         Args:
             optimizer: The optimizer that trains the adapter.
@@ -203,9 +235,11 @@ class RankFlow:
         inner = _unwrap(optimizer)
         if inner is self._optimizer:
             return
+        for site in self._sites:
+            surgery.adopt_gate(site, inner)
         held = {id(p) for group in inner.param_groups for p in group["params"]}
         for site in self._sites:
-            if not {id(site.A), id(site.B)} <= held:
+            if not {id(factor) for factor, _ in site.factors} <= held:
                 raise SurgeryError(
                     f"the optimizer does not train the adapter of site {site.name!r}; build it "
                     "from the model's trainable parameters, and pass flow.step() that optimizer"
@@ -257,6 +291,7 @@ class RankFlow:
             "demand": self._demand.tolist(),
             "young": [list(steps) for steps in self._fair_start.steps],
             "scorer": {key: value.clone() for key, value in self._scorer.state().items()},
+            "gated": {key: value.clone() for key, value in self._gated_factors().items()},
             "history": _EVENTS.dump_python(self.history, mode="json"),
         }
 
@@ -264,7 +299,8 @@ class RankFlow:
         """Restore ``state_dict``, resizing the sites in place to the ranks that they had.
 
         The values of the weights and of the optimizer's state are not in here: load them
-        afterwards, as in any resumed run.
+        afterwards, as in any resumed run. Gates and their B are, since a stock state dict holds
+        their product alone; loading it afterwards leaves them as they are.
 
         Args:
             state: What ``state_dict`` returned, in a run of the same budget on the same sites.
@@ -280,7 +316,18 @@ class RankFlow:
         self._demand = np.array(state["demand"])
         self._fair_start.steps = [list(steps) for steps in state["young"]]
         self._scorer.load(state["scorer"])
+        with torch.no_grad():
+            for key, factor in self._gated_factors().items():
+                factor.copy_(state["gated"][key])
         self.history = _EVENTS.validate_python(state["history"])
+
+    @property
+    def _is_regularised(self) -> bool:
+        return self.budget.dem > 0 and self._steps < self.resolved.scheduler.last_event
+
+    @property
+    def _start_components(self) -> int:
+        return max(int(self.resolved.start_ranks.sum()), 1)
 
     def _resize_in_place(self, ranks: IntArray) -> None:
         """Bring untrained sites to the given ranks, and start all tracking afresh."""
@@ -330,6 +377,15 @@ class RankFlow:
         self._fair_start.follow(plan)
         self._gradients.watch(self._sites)
         sync_config(self.model, self.adapter_name, self._sites)
+
+    def _gated_factors(self) -> dict[str, Tensor]:
+        """Return B and the gate of every gated site by name; the tensors are the live ones."""
+        return {
+            f"{site.name}.{name}": factor.detach()
+            for site in self._sites
+            if site.gate is not None
+            for name, factor in (("B", site.B), ("gate", site.gate))
+        }
 
     def _generator(self, index: int) -> torch.Generator:
         """Return the generator of one event's newborn directions, equal in every process."""

@@ -98,6 +98,32 @@ def resize_in_place(sites: Sequence[Site], plan: RankPlan, generator: torch.Gene
         site.install(*parameters)
 
 
+def adopt_gate(site: Site, optimizer: Optimizer) -> None:
+    """Let an optimizer that was made before a site got its gate train it, in the group of B.
+
+    The gate comes to stand where an optimizer made afterwards has it, so that their states match.
+
+    Args:
+        site: The site; without a gate nothing happens.
+        optimizer: The optimizer that trains A and B; it must not have taken a step yet.
+
+    Raises:
+        SurgeryError: The optimizer has trained the site without its gate.
+    """
+    places = _places(optimizer)
+    if site.gate is None or site.gate in places or site.B not in places:
+        return
+    if optimizer.state.get(site.B):
+        raise SurgeryError(
+            f"the optimizer has taken steps without the gates of site {site.name!r}; make it after "
+            "RankFlow, or call flow.attach(optimizer) before its first step"
+        )
+    group, _ = places[site.B]
+    before = [site.A, site.B] if site.magnitude is None else [site.A, site.B, site.magnitude]
+    last = max(places[p][1] for p in before if p in places and places[p][0] == group)
+    optimizer.param_groups[group]["params"].insert(last + 1, site.gate)
+
+
 def check_state(site: Site, optimizer: Optimizer) -> None:
     """Check that the optimizer's state has the shapes of the site's factors.
 

@@ -20,6 +20,7 @@ def make_state():
             "generator": torch.Generator().manual_seed(3).get_state(),
             "empty": torch.zeros(0, 4),
         },
+        "gated": {"q.B": torch.randn(4, 2), "q.gate": torch.zeros(2)},
     }
 
 
@@ -27,17 +28,19 @@ def test_a_state_reads_back_bit_for_bit(tmp_path):
     state = make_state()
     save_state(state, tmp_path)
     restored = load_state(tmp_path)
-    tensors = restored.pop("scorer")
-    assert restored == {key: value for key, value in state.items() if key != "scorer"}
-    assert tensors.keys() == state["scorer"].keys()
-    for key, tensor in state["scorer"].items():
-        assert tensors[key].dtype == tensor.dtype
-        assert torch.equal(tensors[key], tensor)
+    for part in ("scorer", "gated"):
+        tensors, expected = restored.pop(part), state.pop(part)
+        assert tensors.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert tensors[key].dtype == tensor.dtype
+            assert torch.equal(tensors[key], tensor)
+    assert restored == state
 
 
 def test_a_state_without_tensors_reads_back(tmp_path):
-    save_state({"steps": 1, "scorer": {}}, tmp_path)
-    assert load_state(tmp_path) == {"steps": 1, "scorer": {}}
+    state = {"steps": 1, "scorer": {}, "gated": {}}
+    save_state(state, tmp_path)
+    assert load_state(tmp_path) == state
 
 
 def test_saving_again_replaces_the_file_and_leaves_no_other(tmp_path):
