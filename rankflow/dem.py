@@ -23,7 +23,7 @@ def penalty(sites: Sequence[Site], components: int) -> Tensor:
         components: Components of all sites at the start, ``r0 L``.
     """
     home = sites[0].A.device
-    spreads = [rows.var(dim=1, correction=0).sum().to(home) for _, rows in _vectors(sites)]
+    spreads = [rows.var(dim=1, correction=0).sum().to(home) for _, _, rows in _vectors(sites)]
     return torch.stack(spreads).sum() / (2 * components)
 
 
@@ -36,20 +36,20 @@ def add_gradient(sites: Sequence[Site], components: int, eta: float) -> None:
         components: Components of all sites at the start, ``r0 L``.
         eta: Weight of the regulariser.
     """
-    for parameter, rows in _vectors(sites):
+    for parameter, axis, rows in _vectors(sites):
         if not parameter.requires_grad:
             continue
         pull = (rows - rows.mean(dim=1, keepdim=True)) * (eta / (rows.shape[1] * components))
-        whole = pull if parameter.shape[0] == len(pull) else pull.T
-        gradient = whole.reshape(parameter.shape).to(parameter.dtype)
+        gradient = pull.movedim(0, axis).reshape(parameter.shape).to(parameter.dtype)
         parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def _vectors(sites: Sequence[Site]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return A and B of every site, each with its vectors as rows, at least in float32."""
+def _vectors(sites: Sequence[Site]) -> list[tuple[nn.Parameter, int, Tensor]]:
+    """Return A and B of every site, the axis of their vectors, and these as rows in float32."""
     vectors = []
     for site in sites:
         for parameter, axis in ((site.A, 0), (site.B, 1)):
             rows = parameter.flatten(1).movedim(axis, 0)
-            vectors.append((parameter, rows.to(torch.promote_types(rows.dtype, torch.float32))))
+            wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            vectors.append((parameter, axis, wide))
     return vectors
