@@ -159,7 +159,7 @@ def start(use_dora):
     model = peft.get_peft_model(Net(), config).double()
     magnitudes = sum(out for out, _ in SHAPES.values()) if use_dora else 0
     budget = BudgetSpec(
-        # r_T and r_0 components a layer, exactly: the paper counts ranks, and the budget parameters.
+        # Exactly r_T and r_0 components a layer: the paper counts ranks, the budget parameters.
         params=FINAL_RANK * COST * len(SHAPES) + magnitudes,
         start=(START_RANK * COST * len(SHAPES) + magnitudes)
         / (FINAL_RANK * COST * len(SHAPES) + magnitudes)

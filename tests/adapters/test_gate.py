@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
+from rankflow.adapters.dead import translate_state_dicts
 from rankflow.adapters.dora import accelerate_dora
 from rankflow.adapters.gate import GatedVariant, effective_B, fold
 from rankflow.adapters.gating import add_gates
@@ -116,10 +118,7 @@ def test_merging_on_top_of_another_adapter_folds_only_its_own_gate(
 
 
 def test_an_embedding_that_scales_its_output_scales_the_gated_branch(use_dora):
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
-
     base = nn.ModuleDict({"layer": Gemma3TextScaledWordEmbedding(9, 4, 0, embed_scale=3.0)})
-    base.forward = lambda x: base["layer"](x)
     config = peft.LoraConfig(r=2, target_modules=["layer"], use_dora=use_dora)
     model = peft.get_peft_model(base, config).double()
     x = torch.arange(1, 9)
@@ -344,8 +343,6 @@ def test_a_dead_gated_site_is_the_base_layer_at_the_magnitudes_length(dead, laye
 
 
 def test_a_dead_gated_site_has_a_stock_state_dict_and_loads_it_again(dead, use_dora):
-    from rankflow.adapters.dead import translate_state_dicts
-
     model, site, x = dead
     translate_state_dicts(site.layer, "default")
     before = model(x).detach()
