@@ -208,7 +208,7 @@ def test_the_regulariser_acts_once_a_step_however_gradients_are_accumulated(host
     finals = []
     for parts, weight in ((1, 500.0), (2, 500.0), (1, 0.0)):
         spy = Spy()
-        trainer, callback = make_trainer(
+        trainer, _ = make_trainer(
             host,
             tmp_path / f"{parts} {weight}",
             GATED.model_copy(update={"dem": weight}),
@@ -223,12 +223,12 @@ def test_the_regulariser_acts_once_a_step_however_gradients_are_accumulated(host
             },
         )
         trainer.train()
-        finals.append(spy.parameters[1])  # before the first event
+        finals.append(spy.parameters[0])  # before the first event
     once, accumulated, without = finals
     for name, parameter in once.items():
         torch.testing.assert_close(accumulated[name], parameter, rtol=1e-4, atol=1e-6)
     moved = [(once[n] - without[n]).abs().max() for n in once if "lora_A" in n]
-    assert min(moved) > 1e-4
+    assert min(moved) > 1e-3
 
 
 def test_bf16_training_ends_within_the_budget(host, tmp_path):
