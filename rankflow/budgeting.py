@@ -97,7 +97,7 @@ def _target_parameters(
     key, value = spec.target
     match key:
         case "rank":
-            return int(value * sum(site.component_cost for site in sites))
+            return int(value * sum(site.plain_cost for site in sites))
         case "params":
             return int(value)
         case "fraction":

@@ -13,7 +13,7 @@ from rankflow.errors import CheckpointError
 STATE_FILE = "rankflow_state.safetensors"
 SCHEMA = 2
 
-_TENSORS = ("scorer", "sketch")
+_TENSORS = ("scorer", "sketch", "gated")
 
 
 def save_state(state: dict[str, Any], folder: str | Path) -> Path:

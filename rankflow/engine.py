@@ -23,9 +23,10 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankflow import surgery
+from rankflow import dem, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dora import accelerate_site
+from rankflow.adapters.gating import add_gates, check_untrained, start_gates
 from rankflow.adapters.newborns import Newborns, along, kaiming, orthogonal
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
@@ -77,6 +78,10 @@ class RankFlow:
     At construction the sites are resized evenly to the start budget, in place, so an optimizer may
     be made before or after, as long as it has not stepped. The model stays a stock ``PeftModel``.
 
+    A budget of gated components puts gates on the adapter, which must be new, and draws its factors
+    afresh; an optimizer made before needs ``attach`` before its first step then. The scale stays
+    PEFT's ``alpha / r``, whatever the ranks.
+
     Args:
         model: A ``peft.PeftModel`` with a LoRA or DoRA adapter.
         budget: The budget, from ``load_budget``.
@@ -112,6 +117,11 @@ class RankFlow:
         self.sinks = list(sinks)
         self._sites = find_sites(model, adapter_name)
         check_trainable(model, adapter_name, self._sites)
+        starts_gates = budget.components == "gated" and self._sites[0].gate is None
+        if starts_gates:
+            if resume is None:
+                check_untrained(self._sites)
+            add_gates(self._sites)
         self.resolved = resolve_budget(
             budget,
             [
@@ -137,6 +147,8 @@ class RankFlow:
         self._sketch = GradientSketch(self._sites, width=_SKETCH_WIDTH, seed=budget.seed)
         if resume is None:
             self._resize_in_place(self.resolved.start_ranks, self.resolved.start_magnitudes)
+            if starts_gates:
+                start_gates(self._sites, self._newborns(0).generator)
             self._open_sketch()
         else:
             self.load_state_dict(resume)
@@ -155,7 +167,7 @@ class RankFlow:
 
     @property
     def spent(self) -> int:
-        """Trainable adapter parameters now: A, B and magnitudes of all sites."""
+        """Trainable adapter parameters now: A, B, gates and magnitudes of all sites."""
         return sum(site.parameters for site in self._sites)
 
     @property
@@ -195,6 +207,25 @@ class RankFlow:
             self._sketch.observe(accept, loss_scale)
         self._observed += 1
 
+    def penalty(self) -> Tensor:
+        """Return what the budget's regulariser adds to the loss of a step, a scalar.
+
+        In a loop of your own, add it to the loss; under gradient accumulation, to the loss of one
+        micro-batch. It is 0 if the budget has none, and once pruning has ended.
+        """
+        if not self._is_regularised:
+            return torch.zeros((), device=self._sites[0].A.device)
+        return self.budget.dem * dem.penalty(self._sites, self._start_components)
+
+    def regularise(self) -> None:
+        """Add the gradient of ``penalty`` to this step's gradients, instead of adding it to a loss.
+
+        Call it after ``observe``, so that the scores see the loss alone. The addition is not
+        clipped.
+        """
+        if self._is_regularised:
+            dem.add_gradient(self._sites, self._start_components, self.budget.dem)
+
     def step(self, optimizer: Optimizer) -> RankEvent | None:
         """Count one optimizer step, and reallocate if an event is due.
 
@@ -232,7 +263,8 @@ class RankFlow:
     def attach(self, optimizer: Optimizer) -> None:
         """Name the optimizer before its first step; ``step`` does so otherwise.
 
-        It matters in a resumed run only, where young components may need their fair start at once.
+        It matters in a resumed run, where young components may need their fair start at once, and
+        for an optimizer that was made before the engine put gates on the components.
 
         Args:
             optimizer: The optimizer that trains the adapter.
@@ -244,9 +276,11 @@ class RankFlow:
         inner = _unwrap(optimizer)
         if inner is self._optimizer:
             return
+        for site in self._sites:
+            surgery.adopt_gate(site, inner)
         held = {id(p) for group in inner.param_groups for p in group["params"]}
         for site in self._sites:
-            if not {id(site.A), id(site.B)} <= held:
+            if not {id(factor) for factor, _ in site.factors} <= held:
                 raise SurgeryError(
                     f"the optimizer does not train the adapter of site {site.name!r}; build it "
                     "from the model's trainable parameters, and pass flow.step() that optimizer"
@@ -307,6 +341,7 @@ class RankFlow:
                 for key, value in scorer.state().items()
             },
             "sketch": {key: value.clone() for key, value in self._sketch.state().items()},
+            "gated": {key: value.clone() for key, value in self._gated_factors().items()},
             "history": _EVENTS.dump_python(self.history, mode="json"),
         }
 
@@ -314,7 +349,8 @@ class RankFlow:
         """Restore ``state_dict``, resizing the sites in place to the ranks that they had.
 
         The values of the weights and of the optimizer's state are not in here: load them
-        afterwards, as in any resumed run.
+        afterwards, as in any resumed run. Gates and their B are, since a stock state dict holds
+        their product alone; loading it afterwards leaves them as they are.
 
         Args:
             state: What ``state_dict`` returned, in a run of the same budget on the same sites.
@@ -337,10 +373,21 @@ class RankFlow:
             start = f"{what}."
             tensors = state["scorer"].items()
             scorer.load({k.removeprefix(start): v for k, v in tensors if k.startswith(start)})
+        with torch.no_grad():
+            for key, factor in self._gated_factors().items():
+                factor.copy_(state["gated"][key])
         self.history = _EVENTS.validate_python(state["history"])
         self._open_sketch()
         if state["sketch"]:
             self._sketch.load(state["sketch"])
+
+    @property
+    def _is_regularised(self) -> bool:
+        return self.budget.dem > 0 and self._steps < self.resolved.scheduler.last_event
+
+    @property
+    def _start_components(self) -> int:
+        return max(int(self.resolved.start_ranks.sum()), 1)
 
     def _resize_in_place(self, ranks: IntArray, magnitudes: BoolArray) -> None:
         """Bring untrained sites to ranks and magnitudes, and start all tracking afresh."""
@@ -431,6 +478,15 @@ class RankFlow:
         costs = [info.component_cost for site, info in sites if site.rank < info.max_rank]
         if costs and scheduler.allowance(self.spent, due) >= min(costs):
             self._sketch.open(self._sites, event=len(self.history))
+
+    def _gated_factors(self) -> dict[str, Tensor]:
+        """Return B and the gate of every gated site by name; the tensors are the live ones."""
+        return {
+            f"{site.name}.{name}": factor.detach()
+            for site in self._sites
+            if site.gate is not None
+            for name, factor in (("B", site.B), ("gate", site.gate))
+        }
 
     def _newborns(self, index: int) -> Newborns:
         """Return how one event draws its newborns, equal in every process."""

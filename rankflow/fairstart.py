@@ -81,8 +81,7 @@ class FairStart:
             for parameter in group["params"]
         }
         for site, steps in zip(self._sites, self.steps, strict=True):
-            factors = ((site.A, 0), (site.B, 1))
-            trained = [(p, p.grad, axis) for p, axis in factors if p.grad is not None]
+            trained = [(p, p.grad, axis) for p, axis in site.factors if p.grad is not None]
             if not trained:  # Adam does not count this step either
                 continue
             for lived, first, count in _young_runs(steps):

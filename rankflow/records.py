@@ -34,6 +34,7 @@ class SiteInfo:
         min_rank: Smallest rank that the budget spec allows here.
         max_rank: Largest rank that the budget spec and the matrix allow here.
         is_budgeted: Whether the budget may take and give the magnitude; else it is always there.
+        has_gate: Whether each component trains a gate, a factor of its own.
     """
 
     name: str
@@ -44,11 +45,17 @@ class SiteInfo:
     min_rank: int
     max_rank: int
     is_budgeted: bool = False
+    has_gate: bool = False
+
+    @property
+    def plain_cost(self) -> int:
+        """Trainable parameters of one component of plain LoRA: a row of A and a column of B."""
+        return self.in_features + self.out_features
 
     @property
     def component_cost(self) -> int:
-        """Trainable parameters of one component: a row of A and a column of B."""
-        return self.in_features + self.out_features
+        """Trainable parameters of one component, its gate included if it has one."""
+        return self.plain_cost + self.has_gate
 
     @property
     def fixed_cost(self) -> int:

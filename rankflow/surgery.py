@@ -8,9 +8,9 @@ Parameters are replaced by new ``nn.Parameter`` objects inside the existing ``pa
 not re-keyed never moves again, with no error.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankflow.adapters.base_weight import is_zero_row, magnitude_factor
-from rankflow.adapters.magnitude import empty_magnitude, neutral_magnitude
 from rankflow.adapters.newborns import Newborns
-from rankflow.adapters.row_norms import measure_norms
+from rankflow.adapters.rebuild import grow, rebuild_factors, rebuild_magnitude
 from rankflow.adapters.sites import Site
 from rankflow.errors import SurgeryError
 from rankflow.records import IntArray, RankPlan
@@ -44,20 +42,14 @@ class _Replacement:
 
 @dataclass(frozen=True, slots=True)
 class _SiteChange:
-    """All that changes at one site; the magnitude may stay."""
+    """What changes at one site, by the names of ``Site.install``."""
 
     site: Site
-    A: _Replacement
-    B: _Replacement
-    magnitude: _Replacement | None
-
-    @property
-    def replacements(self) -> list[_Replacement]:
-        return [r for r in (self.A, self.B, self.magnitude) if r is not None]
+    replacements: dict[str, _Replacement]
 
     def install(self, *, new: bool) -> None:
         """Put the new parameters into the site, or the old ones back."""
-        self.site.install(*(r.new if new else r.old for r in self.replacements))
+        self.site.install(**{k: r.new if new else r.old for k, r in self.replacements.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +82,8 @@ def resize(
 
     Survivors keep their values and their optimizer state. A newborn's row of A is drawn, with the
     norm of PEFT's own initialisation, and its column of B is zero, so the function stays what it
-    was (for embeddings the roles are swapped, as in PEFT). A magnitude that is turned on starts at
-    the norm, which changes nothing either.
+    was (for embeddings the roles are swapped, as in PEFT; with a gate, that is zero instead). A
+    magnitude that is turned on starts at the norm, which changes nothing either.
 
     Args:
         sites: The sites, in the plan's order.
@@ -136,17 +128,37 @@ def resize_in_place(
     for part in _split_plan(sites, plan):
         if not (part.changes_rank or part.changes_magnitude):
             continue
-        site = part.site
-        A, B, magnitude = site.A, site.B, site.magnitude_slot
-        new_A, new_B = _new_factors(part, newborns)
-        data = [(A, new_A), (B, new_B)]
-        if magnitude is not None:
-            new_magnitude = _new_magnitude(part, new_A, new_B, renormalise)
-            data.append((magnitude, magnitude.data if new_magnitude is None else new_magnitude))
-        for parameter, new in data:
-            parameter.grad = None
-            parameter.data = new
-        site.install(A, B, magnitude)
+        parameters = part.site.named_parameters
+        for name, data in _rebuild(part, newborns, renormalise).items():
+            parameters[name].grad = None
+            parameters[name].data = data
+        part.site.install(**parameters)
+
+
+def adopt_gate(site: Site, optimizer: Optimizer) -> None:
+    """Let an optimizer that was made before a site got its gate train it, in the group of B.
+
+    The gate comes to stand where an optimizer made afterwards has it, so that their states match.
+
+    Args:
+        site: The site; without a gate nothing happens.
+        optimizer: The optimizer that trains A and B; it must not have taken a step yet.
+
+    Raises:
+        SurgeryError: The optimizer has trained the site without its gate.
+    """
+    places = _places(optimizer)
+    if site.gate is None or site.gate in places or site.B not in places:
+        return
+    if optimizer.state.get(site.B):
+        raise SurgeryError(
+            f"the optimizer has taken steps without the gates of site {site.name!r}; make it after "
+            "RankFlow, or call flow.attach(optimizer) before its first step"
+        )
+    group, _ = places[site.B]
+    before = [p for p in site.named_parameters.values() if p in places and places[p][0] == group]
+    last = max(places[p][1] for p in before)
+    optimizer.param_groups[group]["params"].insert(last + 1, site.gate)
 
 
 def check_state(site: Site, optimizer: Optimizer) -> None:
@@ -161,7 +173,7 @@ def check_state(site: Site, optimizer: Optimizer) -> None:
     Raises:
         SurgeryError: The optimizer has taken steps while the site had another rank.
     """
-    for parameter in (site.A, site.B):
+    for parameter, _ in site.factors:
         for key, value in optimizer.state.get(parameter, {}).items():
             is_whole = isinstance(value, Tensor) and value.ndim > 0 and key not in _FACTORED
             if is_whole and value.numel() > 1 and value.shape != parameter.shape:
@@ -232,20 +244,33 @@ def _build(
     renormalise: Renormalise,
 ) -> _SiteChange:
     site = part.site
-    new_A, new_B = _new_factors(part, newborns)
-    factors = [
-        _replace(site, old, data, _factor_state(part, old, axis, optimizer), optimizer, places)
-        for old, data, axis in ((site.A, new_A, 0), (site.B, new_B, 1))
-    ]
-    magnitude = None
-    data = _new_magnitude(part, new_A, new_B, renormalise)
-    if data is not None:
-        old = site.magnitude_slot
-        assert old is not None
-        # One that goes, or comes anew, has no moments; one that is rescaled keeps them.
-        state = None if optimizer is None or part.changes_magnitude else optimizer.state.get(old)
-        magnitude = _replace(site, old, data, state, optimizer, places)
-    return _SiteChange(site, factors[0], factors[1], magnitude)
+    parameters = site.named_parameters
+    axes = {id(factor): axis for factor, axis in site.factors}
+    replacements = {}
+    for name, data in _rebuild(part, newborns, renormalise).items():
+        old = parameters[name]
+        if id(old) in axes:
+            state = _factor_state(part, old, axes[id(old)], optimizer)
+        elif optimizer is None or part.changes_magnitude:
+            state = None  # a magnitude that goes, or comes anew, has no moments
+        else:
+            state = optimizer.state.get(old)
+        replacements[name] = _replace(site, old, data, state, optimizer, places)
+    return _SiteChange(site, replacements)
+
+
+def _rebuild(part: _SitePlan, newborns: Newborns, renormalise: Renormalise) -> dict[str, Tensor]:
+    """Return what the site's parameters become, by name; one that is missing stays."""
+    site = part.site
+    draw = partial(newborns.rows, part.index)
+    factors = rebuild_factors(site, part.keep, part.births, draw, newborns.generator)
+    magnitude = rebuild_magnitude(
+        site,
+        factors,
+        turn_on=part.magnitude,
+        keep_scale=renormalise == "keep-scale" and len(part.keep) < site.rank,
+    )
+    return factors if magnitude is None else factors | {"magnitude": magnitude}
 
 
 def _replace(
@@ -301,7 +326,7 @@ def _resize_state(
         mean = survivors.mean(dim=axis, keepdim=True)
         return torch.cat([survivors, *[mean] * births], dim=axis)
     if value.shape == parameter.shape and value.is_floating_point():
-        return _grow(value.index_select(rank_axis, kept), rank_axis, births)
+        return grow(value.index_select(rank_axis, kept), rank_axis, births)
     if value.numel() == 1:
         return value
     raise SurgeryError(
@@ -312,50 +337,6 @@ def _resize_state(
     )
 
 
-def _grow(value: Tensor, axis: int, births: int) -> Tensor:
-    shape = list(value.shape)
-    shape[axis] = births
-    return torch.cat([value, value.new_zeros(shape)], dim=axis)
-
-
-def _new_factors(part: _SitePlan, newborns: Newborns) -> tuple[Tensor, Tensor]:
-    """Return A and B with the kept components followed by the newborns."""
-    site, births = part.site, part.births
-    kept = torch.as_tensor(part.keep, device=site.A.device)
-    A = site.A.detach().index_select(0, kept)
-    B = site.B.detach().index_select(1, kept)
-    if births == 0:
-        return A, B
-    if site.kind == "embedding":  # PEFT starts embeddings at A = 0 and B of standard deviation 1
-        columns = (math.sqrt(B.shape[0]) * newborns(part.index, B.flatten(1).T, births)).to(B)
-        return _grow(A, 0, births), torch.cat([B, columns.T], dim=1)
-    # PEFT draws A from U(-1/sqrt(in), 1/sqrt(in)): rows of norm 1/sqrt(3).
-    rows = (newborns(part.index, A.flatten(1), births) / math.sqrt(3)).to(A)
-    return torch.cat([A, rows.view(births, *A.shape[1:])]), _grow(B, 1, births)
-
-
-def _new_magnitude(
-    part: _SitePlan, new_A: Tensor, new_B: Tensor, renormalise: Renormalise
-) -> Tensor | None:
-    """Return the magnitude beside the new factors, empty if it goes; None if it stays as it is."""
-    site = part.site
-    slot = site.magnitude_slot
-    if slot is None or (site.magnitude is None and not part.magnitude):
-        return None
-    if not part.magnitude:
-        return empty_magnitude(slot)
-    if part.changes_magnitude:
-        return neutral_magnitude(site.layer, site.adapter_name, new_A, new_B)
-    if renormalise == "none" or len(part.keep) == site.rank:
-        return None
-    factor = magnitude_factor(
-        slot.detach(), measure_norms(site.layer, site.A, site.B, site.scale)
-    )  # m / n
-    norms = measure_norms(site.layer, new_A, new_B, site.scale)
-    rescaled = torch.where(is_zero_row(norms), slot.detach().flatten(), factor * norms)
-    return rescaled.to(slot.dtype).view(slot.shape)
-
-
 def _commit(changes: Sequence[_SiteChange], optimizer: Optimizer | None) -> None:
     done: list[_SiteChange] = []
     saved_state = {} if optimizer is None else dict(optimizer.state)
@@ -363,12 +344,12 @@ def _commit(changes: Sequence[_SiteChange], optimizer: Optimizer | None) -> None
         for change in changes:
             done.append(change)
             change.install(new=True)
-            for replacement in change.replacements:
+            for replacement in change.replacements.values():
                 _rekey(optimizer, replacement)
     except BaseException:
         for change in done:
             change.install(new=False)
-            for replacement in change.replacements:
+            for replacement in change.replacements.values():
                 _set_in_group(optimizer, replacement, replacement.old)
         if optimizer is not None:
             optimizer.state.clear()

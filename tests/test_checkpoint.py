@@ -21,6 +21,7 @@ def make_state():
             "empty": torch.zeros(0, 4),
         },
         "sketch": {"0.Y": torch.randn(3, 2), "count": torch.tensor(2.0)},
+        "gated": {"q.B": torch.randn(4, 2), "q.gate": torch.zeros(2)},
     }
 
 
@@ -28,7 +29,7 @@ def test_a_state_reads_back_bit_for_bit(tmp_path):
     state = make_state()
     save_state(state, tmp_path)
     restored = load_state(tmp_path)
-    for part in ("scorer", "sketch"):
+    for part in ("scorer", "sketch", "gated"):
         tensors, saved = restored.pop(part), state.pop(part)
         assert tensors.keys() == saved.keys()
         for key, tensor in saved.items():
@@ -38,8 +39,9 @@ def test_a_state_reads_back_bit_for_bit(tmp_path):
 
 
 def test_a_state_without_tensors_reads_back(tmp_path):
-    save_state({"steps": 1, "scorer": {}, "sketch": {}}, tmp_path)
-    assert load_state(tmp_path) == {"steps": 1, "scorer": {}, "sketch": {}}
+    state = {"steps": 1, "scorer": {}, "sketch": {}, "gated": {}}
+    save_state(state, tmp_path)
+    assert load_state(tmp_path) == state
 
 
 def test_saving_again_replaces_the_file_and_leaves_no_other(tmp_path):

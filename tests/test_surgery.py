@@ -505,13 +505,13 @@ def test_a_failing_installation_leaves_everything_as_it_was(k, when, trained, mo
     before = snapshot(model, optimizer)
     install, calls = Site.install, []
 
-    def fail(site, A, *others):
+    def fail(site, A, B, **others):
         calls.append(site)
         if len(calls) != k:
-            install(site, A, *others)
+            install(site, A, B, **others)
             return
         if when == "after":
-            install(site, A, *others)
+            install(site, A, B, **others)
         if when == "half way" and site.kind == "linear":
             site.layer.lora_A["default"].weight = A
         raise KeyboardInterrupt("injected")

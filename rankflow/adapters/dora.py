@@ -37,6 +37,7 @@ from torch.nn import functional
 from rankflow.adapters.base_weight import magnitude_factor
 from rankflow.adapters.compose import Compose
 from rankflow.adapters.dead import DeadVariant
+from rankflow.adapters.gate import GatedVariant, apply_B, effective_B
 from rankflow.adapters.norm_cache import Epoch, NormCache
 from rankflow.adapters.row_norms import measure_norms, own_precision
 from rankflow.adapters.sites import Site, find_sites
@@ -95,11 +96,11 @@ def norms_of(site: Site) -> Tensor:
     Args:
         site: A site of a DoRA adapter.
     """
-    A, B, scale = site.A, site.B, site.scale
+    A, B = site.A, site.effective_B
     variant = site.dora_variant
     if isinstance(variant, FastLinear | _FastConv | FastEmbedding):
-        return variant.cache.norms(site.layer, A, B, scale)
-    return measure_norms(site.layer, A, B, scale)
+        return variant.cache.norms(site.layer, site.adapter_name, A, B)
+    return measure_norms(site.layer, A, B, site.scale)
 
 
 class FastLinear(DoraLinearVariant):
@@ -112,9 +113,9 @@ class FastLinear(DoraLinearVariant):
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Return the layer's output, given the base layer's output ``result``."""
-        A, B = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        A, B = module.lora_A[active_adapter].weight, effective_B(module, active_adapter)
         scale = module.scaling[active_adapter]
-        norms = self.cache.norms(module, A, B, scale)
+        norms = self.cache.norms(module, active_adapter, A, B)
         with own_precision(result):
             return Compose.apply(
                 result,
@@ -138,14 +139,15 @@ class _FastConv:
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Return the layer's output, given the base layer's output ``result``."""
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        lora_A, B = module.lora_A[active_adapter], effective_B(module, active_adapter)
         scale = module.scaling[active_adapter]
-        norms = self.cache.norms(module, lora_A.weight, lora_B.weight, scale)
+        norms = self.cache.norms(module, active_adapter, lora_A.weight, B)
         channels = (-1, *[1] * (result.ndim - 2))
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         factor = magnitude_factor(magnitude, norms).view(channels)
         x = module._cast_input_dtype(x, lora_A.weight.dtype)
-        branch = lora_B(lora_A(module.lora_dropout[active_adapter](x))) * scale
+        hidden = lora_A(module.lora_dropout[active_adapter](x))
+        branch = apply_B(module, active_adapter, hidden, B) * scale
         bias = module.get_base_layer().bias
         if bias is not None:
             result = result - bias.view(channels)
@@ -175,9 +177,9 @@ class FastEmbedding(DoraEmbeddingVariant):
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         """Return the layer's output, given the base layer's output ``result``."""
-        A, B = module.lora_embedding_A[active_adapter], module.lora_embedding_B[active_adapter]
+        A, B = module.lora_embedding_A[active_adapter], effective_B(module, active_adapter)
         scale = module.scaling[active_adapter]
-        norms = self.cache.norms(module, A, B, scale)
+        norms = self.cache.norms(module, active_adapter, A, B)
         magnitude = module.lora_magnitude_vector[active_adapter].weight
         factor = magnitude_factor(magnitude, norms).to(result.dtype)
         branch = functional.linear(module._embed(x, A.T), B) * scale
@@ -217,6 +219,7 @@ def _cast_where_needed(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -
     variants = [
         layer.lora_variant.get(name) for name in layer.active_adapters if name in layer.lora_A
     ]
-    if all(isinstance(variant, (FastLinear, DeadVariant)) for variant in variants):
+    inner = [v.inner if isinstance(v, GatedVariant) else v for v in variants]
+    if all(isinstance(variant, (FastLinear, DeadVariant)) for variant in inner):
         return x
     return type(layer)._cast_input_dtype(layer, x, dtype)

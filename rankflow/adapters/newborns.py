@@ -7,19 +7,33 @@ the roles are swapped, as in PEFT, and the column of B is drawn.)
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rankflow.records import SiteKind
 
-Newborns = Callable[[int, Tensor, int], Tensor]
+Rows = Callable[[int, Tensor, int], Tensor]
 """Draws newborns: (index of the site, its live rows ``(rank, width)``, births) to float64 rows
 ``(births, width)`` on the CPU, whose mean square length is 1."""
 
 Directions = Callable[[int, int, Tensor], Tensor]
 """Proposes directions: (index of the site, how many at most, live rows to stay away from) to unit
 rows, best first and orthogonal to the live ones and to each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Newborns:
+    """How the newborns of one event are drawn.
+
+    Attributes:
+        rows: Draws their rows of A (embeddings: columns of B).
+        generator: A CPU generator for what has no direction to follow.
+    """
+
+    rows: Rows
+    generator: torch.Generator
 
 
 def orthogonal(generator: torch.Generator) -> Newborns:
@@ -32,7 +46,7 @@ def orthogonal(generator: torch.Generator) -> Newborns:
     def draw(index: int, live: Tensor, births: int) -> Tensor:
         return orthogonal_rows(live, births, generator)
 
-    return draw
+    return Newborns(draw, generator)
 
 
 def kaiming(kinds: Sequence[SiteKind], generator: torch.Generator) -> Newborns:
@@ -51,7 +65,7 @@ def kaiming(kinds: Sequence[SiteKind], generator: torch.Generator) -> Newborns:
             rows.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
         return rows / math.sqrt(live.shape[1])
 
-    return draw
+    return Newborns(draw, generator)
 
 
 def along(directions: Directions, generator: torch.Generator) -> Newborns:
@@ -67,7 +81,7 @@ def along(directions: Directions, generator: torch.Generator) -> Newborns:
         taken = torch.cat([live.detach().to("cpu", torch.float64), found])
         return torch.cat([found, orthogonal_rows(taken, births - len(found), generator)])
 
-    return draw
+    return Newborns(draw, generator)
 
 
 def orthogonal_rows(live: Tensor, births: int, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rankflow.adapters.gate import stored_factors
 from rankflow.adapters.row_norms import measure_norms, squares_of_base
 
 
@@ -49,13 +50,18 @@ class NormCache:
         """Copy and pickle as an empty cache."""
         return NormCache, ()
 
-    def norms(self, layer: LoraLayer, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """Return the norms of ``W + s B A``, shape ``(out,)``, which nobody may change."""
+    def norms(self, layer: LoraLayer, adapter_name: str, A: Tensor, B: Tensor) -> Tensor:
+        """Return the norms of ``W + s B A``, shape ``(out,)``, which nobody may change.
+
+        A gate is folded into B.
+        """
+        scale = layer.scaling[adapter_name]
         if torch.compiler.is_compiling():
             return measure_norms(layer, A, B, scale)
+        factors = stored_factors(layer, adapter_name)
         weight = layer.get_base_layer().weight
         seen_weight = (_identity(weight), Epoch.steps if weight.requires_grad else None)
-        seen = (Epoch.steps, scale, seen_weight, _identity(A), _identity(B))
+        seen = (Epoch.steps, scale, seen_weight, *(_identity(factor) for factor in factors))
         if self._norms is None or seen != self._seen:
             with torch.inference_mode(False):  # training may follow
                 if seen_weight != self._seen_weight:
@@ -63,7 +69,7 @@ class NormCache:
                     self._seen_weight = seen_weight
                 self._norms = measure_norms(layer, A, B, scale, squares=self._squares)
             self._seen = seen
-            self._alive = [tensor.untyped_storage() for tensor in (weight, A, B)]
+            self._alive = [tensor.untyped_storage() for tensor in (weight, *factors)]
         return self._norms
 
 

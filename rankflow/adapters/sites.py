@@ -26,9 +26,10 @@ from peft.tuners.lora.variants import (
     DoraEmbeddingVariant,
     DoraLinearVariant,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from rankflow.adapters.dead import DeadVariant
+from rankflow.adapters.gate import GatedVariant, effective_B, find_gate
 from rankflow.errors import SiteError
 from rankflow.records import SiteInfo, SiteKind
 from rankflow.specs.budget import MagnitudeMode
@@ -40,6 +41,7 @@ _SUPPORTED_VARIANTS = (
     DoraConv3dVariant,
     DoraEmbeddingVariant,
     DoraLinearVariant,
+    GatedVariant,
 )
 
 _DORA = LoraConfig(use_dora=True)
@@ -80,6 +82,30 @@ class Site:
         return self.layer.lora_B[self.adapter_name].weight
 
     @property
+    def gate(self) -> nn.Parameter | None:
+        """Factor c of each component, shape ``(rank,)``, or None for ordinary components."""
+        return find_gate(self.layer, self.adapter_name)
+
+    @property
+    def factors(self) -> tuple[tuple[nn.Parameter, int], ...]:
+        """A, B and, if there is one, the gate, each with its axis that runs over components."""
+        gate = self.gate
+        pair = ((self.A, 0), (self.B, 1))
+        return pair if gate is None else (*pair, (gate, 0))
+
+    @property
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the site, by the names that ``install`` has for them."""
+        gate, magnitude = self.gate, self.magnitude_slot
+        named = {"A": self.A, "B": self.B, "gate": gate, "magnitude": magnitude}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
+
+    @property
+    def effective_B(self) -> Tensor:  # noqa: N802
+        """B with the gate folded in, so that the update is ``scale * effective_B @ A``."""
+        return effective_B(self.layer, self.adapter_name)
+
+    @property
     def magnitude(self) -> nn.Parameter | None:
         """DoRA's magnitude, ``out_features`` entries, or None where the site computes as LoRA."""
         slot = self.magnitude_slot
@@ -116,7 +142,8 @@ class Site:
     def parameters(self) -> int:
         """Trainable adapter parameters held now."""
         magnitude = self.magnitude
-        return self.A.numel() + self.B.numel() + (0 if magnitude is None else magnitude.numel())
+        factors = sum(factor.numel() for factor, _ in self.factors)
+        return factors + (0 if magnitude is None else magnitude.numel())
 
     def describe(
         self,
@@ -143,10 +170,16 @@ class Site:
             min_rank=min(min_rank, largest),
             max_rank=largest if max_rank is None else min(max_rank, largest),
             is_budgeted=has_magnitude and magnitude == "budgeted",
+            has_gate=self.gate is not None,
         )
 
     def install(
-        self, A: nn.Parameter, B: nn.Parameter, magnitude: nn.Parameter | None = None
+        self,
+        A: nn.Parameter,
+        B: nn.Parameter,
+        *,
+        gate: nn.Parameter | None = None,
+        magnitude: nn.Parameter | None = None,
     ) -> None:
         """Put new parameters in place, and keep PEFT's own record of the rank in step.
 
@@ -157,9 +190,13 @@ class Site:
         Args:
             A: Right factor.
             B: Left factor, of the same rank.
+            gate: Gate of the same rank, for a gated site only.
             magnitude: DoRA's magnitude, empty to turn it off; None for the one that it has.
         """
         rank = A.shape[0]
+        if gate is not None:
+            self.layer.lora_gate[self.adapter_name] = gate
+        assert len(A) == B.shape[1] == len(A if self.gate is None else self.gate), "ranks differ"
         if self.kind == "embedding":
             self.layer.lora_embedding_A[self.adapter_name] = A
             self.layer.lora_embedding_B[self.adapter_name] = B
@@ -172,7 +209,7 @@ class Site:
         self.layer.use_rslora[self.adapter_name] = False
         if magnitude is not None:
             self.layer.lora_magnitude_vector[self.adapter_name].weight = magnitude
-        self._set_variant()
+        self.update_variant()
 
     @property
     def dora_variant(self) -> LoraVariant:
@@ -180,6 +217,8 @@ class Site:
         current = self.layer.lora_variant.get(self.adapter_name)
         if isinstance(current, DeadVariant):
             current = current.revived
+        if isinstance(current, GatedVariant):
+            current = current.inner
         aside = getattr(self._magnitude_module, _ASIDE, None)
         variant = current or aside or self.layer.resolve_lora_variant(config=_DORA)
         assert variant is not None, "PEFT gave this layer a magnitude, and has no DoRA for it"
@@ -189,20 +228,22 @@ class Site:
     def dora_variant(self, variant: LoraVariant) -> None:
         self.layer.lora_variant.pop(self.adapter_name, None)
         setattr(self._magnitude_module, _ASIDE, variant)
-        self._set_variant()
+        self.update_variant()
 
     @property
     def _magnitude_module(self) -> nn.Module:
         return self.layer.lora_magnitude_vector[self.adapter_name]
 
-    def _set_variant(self) -> None:
-        """Let PEFT compute what the site is now: dead, DoRA or plain LoRA."""
-        variant = None  # PEFT's own LoRA
+    def update_variant(self) -> None:
+        """Let PEFT compute what the site is now: dead, gated, DoRA or plain LoRA."""
+        variant: LoraVariant | None = None  # PEFT's own LoRA
         if self.magnitude_slot is not None:
             setattr(self._magnitude_module, _ASIDE, self.dora_variant)
             if self.magnitude is not None:
                 variant = self.dora_variant
         self.layer.lora_variant.pop(self.adapter_name, None)
+        if self.gate is not None:
+            variant = GatedVariant(variant)
         if self.rank == 0:
             variant = DeadVariant(revived=variant)
         if variant is not None:

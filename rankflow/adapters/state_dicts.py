@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rankflow.adapters.dead import has_magnitude
+from rankflow.adapters.gate import effective_B
 from rankflow.adapters.magnitude import neutral_magnitude
 
 
@@ -46,7 +47,7 @@ def _on_save(
         if is_dead or not module.use_dora[adapter_name]:
             del state_dict[key]
         else:
-            A, B = (factor.parameter.detach() for factor in factors)
+            A, B = factors[0].parameter.detach(), effective_B(module, adapter_name).detach()
             state_dict[key] = neutral_magnitude(module, adapter_name, A, B)
     for factor in filter(_is_empty, factors):
         if has_magnitude(module, adapter_name):

@@ -1,4 +1,4 @@
-r"""Scores from the gradient of a gate that is not there.
+r"""Scores from the gradient of a gate that need not be there.
 
 If component i were multiplied by a gate :math:`c_i`, then at :math:`c_i = 1`
 
@@ -7,7 +7,8 @@ If component i were multiplied by a gate :math:`c_i`, then at :math:`c_i = 1`
         = \langle b_i, \partial L/\partial b_i \rangle,
 
 for LoRA, and for DoRA with a detached norm. So the first-order change of the loss when component i
-is removed costs one dot product a step, on one factor alone.
+is removed costs one dot product a step, on one factor alone. Where components do have gates, all of
+this holds for a factor on top of the gate, and :math:`T_i = c_i \, \partial L / \partial c_i`.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class GateGradient:
     """
 
     def __init__(self, sites: Sequence[Site], decay: float) -> None:
-        self._rows = Rows.of_A(sites)
+        self._rows = _smallest_factor(sites)
         components = sum(site.rank for site in sites)
         self._second_moment = ComponentAverage(components, decay, like=sites[0].A)
 
@@ -41,7 +42,7 @@ class GateGradient:
 
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the components through a resize."""
-        self._rows = Rows.of_A(sites)
+        self._rows = _smallest_factor(sites)
         self._second_moment.reindex(sources)
 
     def state(self) -> dict[str, Tensor]:
@@ -55,6 +56,10 @@ class GateGradient:
     def second_moment(self) -> Tensor:
         """Return :math:`E[T_i^2]`, shape ``(C,)``."""
         return self._second_moment.read()
+
+
+def _smallest_factor(sites: Sequence[Site]) -> Rows:
+    return Rows.of_A(sites) if sites[0].gate is None else Rows.of_gates(sites)
 
 
 class Taylor(GateGradient):

@@ -34,10 +34,11 @@ class StepGradients:
         self.close()
         self._parameters: list[nn.Parameter] = []
         for site in sites:
-            factors = [site.A, site.B] if site.rank > 0 else []
+            factors = [factor for factor, _ in site.factors] if site.rank > 0 else []
             magnitude = [] if site.magnitude is None else [site.magnitude]
             self._parameters += factors + magnitude
-        self._probes = _spread([site.B for site in sites if site.rank > 0], _PROBES)
+        # At the start the factor that is zero has the only gradient: the gate, or else B.
+        self._probes = _spread([s.factors[-1][0] for s in sites if s.rank > 0], _PROBES)
         self._accumulated: dict[nn.Parameter, Tensor] = {}
         self._handles = [
             probe.register_post_accumulate_grad_hook(self._note) for probe in self._probes

@@ -3,9 +3,10 @@ r"""Scores from the size of a component, :math:`\lVert s\, b_i a_i^\top \rVert_F
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankflow.adapters.base_weight import magnitude_factor
+from rankflow.adapters.gate import fold
 from rankflow.adapters.row_norms import measure_norms
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
@@ -15,7 +16,7 @@ class Norm:
     r"""The size of a component now, :math:`s \lVert a_i \rVert \lVert b_i \rVert`, over all sites.
 
     Under DoRA row j of the update reaches the model times :math:`m_j / n_j`, and so does
-    :math:`b_{ji}` here.
+    :math:`b_{ji}` here. A gate counts as part of :math:`b_i`, here and below.
 
     Args:
         sites: The sites whose components are scored.
@@ -46,7 +47,7 @@ class Norm:
 class Frobenius:
     r"""Dynamic-Rank DoRA's share of a component in its own site (arXiv 2405.17357).
 
-    .. math:: S_i = \frac{\lVert b_i a_i^\top \rVert_F}{\lVert B A \rVert_F + \epsilon},
+    .. math:: S_i = \frac{\lVert b_i a_i^\top \rVert_F}{\lVert B A \rVert_F + 10^{-8}},
         \qquad \lVert B A \rVert_F^2 = \sum_{ij} (A A^\top \circ B^\top B)_{ij},
 
     averaged over steps. It compares components within a site, not worth across sites.
@@ -65,7 +66,7 @@ class Frobenius:
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Fold in the shares of the weights now, if ``accept``."""
         home = self._sites[0].A.device
-        shares = [_share(A, B).to(home, non_blocking=True) for A, B in self._factors]
+        shares = [_share(*factors).to(home, non_blocking=True) for factors in self._factors]
         if shares:
             self._share.update(torch.cat(shares), accept)
 
@@ -87,13 +88,15 @@ class Frobenius:
         self._share.load(state)
 
 
-def _factors(sites: Sequence[Site]) -> list[tuple[Tensor, Tensor]]:
-    """Return A as ``(rank, in)`` and B as ``(out, rank)`` of every site that is not dead."""
-    return [(s.A.detach().flatten(1), s.B.detach().flatten(1)) for s in sites if s.rank > 0]
+def _factors(sites: Sequence[Site]) -> list[tuple[nn.Parameter, ...]]:
+    """Return the factors of every site that is not dead."""
+    return [tuple(factor for factor, _ in site.factors) for site in sites if site.rank > 0]
 
 
-def _share(A: Tensor, B: Tensor) -> Tensor:
-    A, B = A.float(), B.float()
+@torch.no_grad()
+def _share(A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
+    A, B = A.flatten(1).float(), B.flatten(1).float()
+    B = B if gate is None else fold(B, gate)
     products = (A @ A.T) * (B.T @ B)  # (rank, rank)
     sizes = products.diagonal().clamp_min(0).sqrt()
     return sizes / (products.sum().clamp_min(0).sqrt() + 1e-8)
@@ -101,7 +104,7 @@ def _share(A: Tensor, B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _sizes(site: Site) -> Tensor:
-    A, B = site.A.flatten(1).float(), site.B.flatten(1).float()
+    A, B = site.A.flatten(1).float(), site.effective_B.flatten(1).float()
     if site.magnitude is not None:  # DoRA scales each row of the update by m / n
         norms = measure_norms(site.layer, A, B, site.scale)
         B = B * magnitude_factor(site.magnitude, norms).unsqueeze(1)

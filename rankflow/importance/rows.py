@@ -21,7 +21,7 @@ class _Stack:
 
 
 class Rows:
-    """The rows of one factor (A, or B transposed) of every site, stacked by width.
+    """The rows of one factor (A, B transposed, or the gates) of every site, stacked by width.
 
     It remembers parameters, so make a new one after every resize.
 
@@ -59,6 +59,12 @@ class Rows:
     def of_B(cls, sites: Sequence[Site]) -> "Rows":  # noqa: N802
         """Columns ``b_i`` of every B, each of width ``out_features``."""
         return cls([site.B for site in sites], lambda t: t.flatten(1).T)
+
+    @classmethod
+    def of_gates(cls, sites: Sequence[Site]) -> "Rows":
+        """Gates ``c_i`` of gated sites, as rows of width 1."""
+        gates = [site.gate for site in sites]
+        return cls([gate for gate in gates if gate is not None], lambda t: t.unsqueeze(1))
 
     def weights(self) -> list[Tensor]:
         """Return the values, a float tensor ``(rows, width)`` for each width."""

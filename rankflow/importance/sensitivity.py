@@ -7,7 +7,8 @@ r"""AdaLoRA's smoothed sensitivity times uncertainty (arXiv 2303.10512, equation
     s = \bar I \, \bar U
 
 for every entry w of A and B; a component's score is the mean of s over its row of A plus the mean
-over its column of B. (AdaLoRA adds the term of its singular value, which PEFT's LoRA has not.)
+over its column of B. Where it has a gate, the gate's own s is added, as AdaLoRA adds that of the
+singular value in its place.
 """
 
 from collections.abc import Sequence
@@ -57,25 +58,24 @@ class Sensitivity:
     """
 
     def __init__(self, sites: Sequence[Site], decay: float) -> None:
-        self._A = _FactorSensitivity(Rows.of_A(sites), decay)
-        self._B = _FactorSensitivity(Rows.of_B(sites), decay)
+        self._factors = {name: _FactorSensitivity(r, decay) for name, r in _rows(sites).items()}
 
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Fold in one step's gradients, if ``accept``."""
-        self._A.observe(unclip, accept)
-        self._B.observe(unclip, accept)
+        for factor in self._factors.values():
+            factor.observe(unclip, accept)
 
     def read(self) -> Tensor:
         """Return the scores, shape ``(C,)``."""
-        return self._A.read() + self._B.read()
+        return torch.stack([factor.read() for factor in self._factors.values()]).sum(dim=0)
 
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the components through a resize."""
-        self._A.reindex(Rows.of_A(sites), sources)
-        self._B.reindex(Rows.of_B(sites), sources)
+        for name, rows in _rows(sites).items():
+            self._factors[name].reindex(rows, sources)
 
     def state(self) -> dict[str, Tensor]:
-        """Return both averages of both factors, by factor and width."""
+        """Return both averages of all factors, by factor and width."""
         return dict(self._tensors())
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -86,10 +86,15 @@ class Sensitivity:
     def _tensors(self) -> list[tuple[str, Tensor]]:
         return [
             (f"{factor}.{name}.{i}", tensor)
-            for factor, averages in (("A", self._A), ("B", self._B))
+            for factor, averages in self._factors.items()
             for name in ("sensitivity", "uncertainty")
             for i, tensor in enumerate(getattr(averages, name))
         ]
+
+
+def _rows(sites: Sequence[Site]) -> dict[str, Rows]:
+    pair = {"A": Rows.of_A(sites), "B": Rows.of_B(sites)}
+    return pair if sites[0].gate is None else pair | {"gate": Rows.of_gates(sites)}
 
 
 def _move(state: list[Tensor], old: Rows, new: Rows, sources: Tensor) -> list[Tensor]:

@@ -53,7 +53,7 @@ class Tangential:
 
 
 def _energies(site: Site) -> Tensor:
-    A, B = site.A.flatten(1), site.B.flatten(1)
+    A, B = site.A.flatten(1), site.effective_B.flatten(1)
     A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
     lengths = A.square().sum(dim=1)  # (rank,)
     if site.magnitude is None:

@@ -124,8 +124,10 @@ class RankFlowCallback(TrainerCallback):
         optimizer: Optimizer,
         **_: Any,
     ) -> None:
-        """Fold the step's gradients into the scores."""
-        self._running().observe(loss_scale=_loss_scale(optimizer))
+        """Fold the step's gradients into the scores, and add the budget's regulariser to them."""
+        flow = self._running()
+        flow.observe(loss_scale=_loss_scale(optimizer))
+        flow.regularise()
 
     def on_step_end(
         self,

@@ -34,6 +34,7 @@ Policy = Literal[
 MagnitudeMode = Literal["always", "never", "budgeted"]
 Renormalise = Literal["keep-scale", "none"]
 Growth = Literal["gradient", "orthogonal", "random"]
+Components = Literal["factors", "gated"]
 TargetKey = Literal["rank", "params", "fraction", "bytes"]
 
 TARGETS: Final[tuple[TargetKey, ...]] = ("rank", "params", "fraction", "bytes")
@@ -89,6 +90,9 @@ class BudgetSpec(Spec):
         warmup: Steps at the start budget: a fraction of all below 1, else a number of steps.
         cooldown: Steps without reallocation at the end, in the same unit.
         every: Steps from one reallocation to the next, in the same unit.
+        components: What a component is made of: ``factors`` are a row of A and a column of B, as in
+            LoRA; ``gated`` adds a scalar c that starts at 0, as in Dynamic-Rank DoRA.
+        dem: Weight of Dynamic-Rank DoRA's DEM regulariser until the cool-down, 0 for none.
         score: Estimate of a component's worth.
         decay: Decay per step of the score's moving average, 0 for the last step alone.
         policy: Rule that turns scores and a budget into ranks.
@@ -123,6 +127,9 @@ class BudgetSpec(Spec):
     warmup: Annotated[Duration, Field(ge=0)] = 0.1
     cooldown: Annotated[Duration, Field(ge=0)] = 0.3
     every: Annotated[Duration, Field(gt=0)] = 0.02
+
+    components: Components = "factors"
+    dem: Annotated[float, Field(ge=0)] = 0.0
 
     score: Score = "taylor"
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9

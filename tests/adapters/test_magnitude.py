@@ -12,14 +12,14 @@ from rankflow.adapters.sites import find_sites
 
 def turn_off(*sites):
     for site in sites:
-        site.install(site.A, site.B, nn.Parameter(empty_magnitude(site.magnitude)))
+        site.install(site.A, site.B, magnitude=nn.Parameter(empty_magnitude(site.magnitude)))
 
 
 def turn_on(*sites):
     """Give every site the magnitude that changes nothing."""
     for site in sites:
         m = neutral_magnitude(site.layer, site.adapter_name, site.A, site.B)
-        site.install(site.A, site.B, nn.Parameter(m))
+        site.install(site.A, site.B, magnitude=nn.Parameter(m))
 
 
 def set_rank(site, rank):

@@ -48,7 +48,7 @@ STRATEGIES = {
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_equal_seeds_give_equal_rows_and_others_do_not(name):
     live = torch.randn(2, 8)
-    first, same, other = (STRATEGIES[name](generator(seed))(0, live, 3) for seed in (0, 0, 1))
+    first, same, other = (STRATEGIES[name](generator(seed)).rows(0, live, 3) for seed in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     assert (first.shape, first.dtype, first.device.type) == ((3, 8), torch.float64, "cpu")
@@ -56,7 +56,7 @@ def test_equal_seeds_give_equal_rows_and_others_do_not(name):
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "embedding"])
 def test_kaiming_draws_what_peft_would(kind):
-    rows = kaiming(["linear", kind], generator())(1, torch.zeros(0, 400), 300)
+    rows = kaiming(["linear", kind], generator()).rows(1, torch.zeros(0, 400), 300)
     assert rows.square().sum(dim=1).mean().item() == pytest.approx(1, rel=0.01)
     largest = math.sqrt(400) * rows.abs().max().item()
     if kind == "embedding":  # 120,000 normal numbers reach 4
@@ -70,7 +70,7 @@ def test_newborns_take_the_proposed_directions_and_then_orthogonal_ones(births):
     live = torch.zeros(1, 6)
     live[0, 0] = 5.0
     proposed = torch.eye(6).double()[2:4]
-    rows = along(propose(*proposed.tolist()), generator())(0, live, births)
+    rows = along(propose(*proposed.tolist()), generator()).rows(0, live, births)
     assert torch.equal(rows[:2], proposed[:births])
     torch.testing.assert_close(rows @ rows.T, torch.eye(births).double())
     assert rows[:, 0].abs().max() < 1e-12
@@ -84,7 +84,7 @@ def test_directions_are_asked_for_the_site_the_births_and_the_live_rows():
         return torch.zeros(0, 6, dtype=torch.float64)
 
     live = torch.randn(2, 6)
-    rows = along(directions, generator(3))(7, live, 3)
+    rows = along(directions, generator(3)).rows(7, live, 3)
     assert [a[:2] for a in asked] == [(7, 3)]
     assert asked[0][2] is live
-    assert torch.equal(rows, orthogonal(generator(3))(0, live, 3))
+    assert torch.equal(rows, orthogonal(generator(3)).rows(0, live, 3))

@@ -74,7 +74,7 @@ def set_state(site, rank, *, on):
     B = torch.randn(len(site.B), rank, *site.B.shape[2:], dtype=torch.float64)
     m = site.magnitude.detach()
     m = m * (0.5 + torch.rand_like(m)) if on else empty_magnitude(m)
-    site.install(nn.Parameter(A), nn.Parameter(B), nn.Parameter(m))
+    site.install(nn.Parameter(A), nn.Parameter(B), magnitude=nn.Parameter(m))
 
 
 def make_model(states=STATES, adapter="default"):
@@ -172,7 +172,7 @@ def test_a_magnitude_that_is_turned_on_again_is_saved_again(tmp_path):
     model.save_pretrained(tmp_path / "off")
     slot = sites[0].magnitude_slot
     m = torch.rand(5, dtype=torch.float64) + 1
-    sites[0].install(sites[0].A, sites[0].B, nn.Parameter(m))
+    sites[0].install(sites[0].A, sites[0].B, magnitude=nn.Parameter(m))
     assert sites[0].magnitude is not slot
     sync_config(model, "default", sites)
     before = model(inputs())

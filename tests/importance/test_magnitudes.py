@@ -18,11 +18,11 @@ def make(name, sites, *, decay=0.0, seed=0):
 
 
 def turn_off(site):
-    site.install(site.A, site.B, nn.Parameter(site.magnitude.detach().new_empty(0)))
+    site.install(site.A, site.B, magnitude=nn.Parameter(site.magnitude.detach().new_empty(0)))
 
 
 def turn_on(site, values):
-    site.install(site.A, site.B, nn.Parameter(values))
+    site.install(site.A, site.B, magnitude=nn.Parameter(values))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rankflow.adapters.newborns import orthogonal
 from rankflow.importance.registry import make_scorer
 from rankflow.records import RankPlan
 from rankflow.specs.budget import Score
@@ -167,7 +168,7 @@ def test_a_saved_state_does_not_change_with_the_run(score, steer, watch):
 def grow(steered, births, keep=None):
     keep = [np.arange(site.rank) for site in steered.sites] if keep is None else keep
     plan = RankPlan(keep=tuple(keep), births=births)
-    resize(steered.sites, plan, None, torch.Generator().manual_seed(0))
+    resize(steered.sites, plan, None, orthogonal(torch.Generator().manual_seed(0)))
     return plan
 
 

@@ -20,6 +20,7 @@ STEPS = 16
 MOVES = {"rank": 1.5, "warmup": 2, "cooldown": 4, "every": 3, "decay": 0.5, "protect": 1}
 PRUNE = BudgetSpec(**MOVES, start=2, schedule="linear", recycle=0.2, hysteresis=0.1)
 REALLOCATE = BudgetSpec(**MOVES, recycle=0.5, hysteresis=0.1)
+GATED = BudgetSpec(**MOVES, recycle=0.5, hysteresis=0.1, components="gated", dem=0.5)
 EVENT_STEPS = [2, 5, 8, 11, 12]
 
 
@@ -190,6 +191,46 @@ def test_accumulated_and_clipped_gradients_decide_like_the_whole_batch(host, tmp
     assert [event.ranks for event in runs[0]] == [event.ranks for event in runs[1]]
 
 
+def test_gated_components_train_under_any_trainer(host, tmp_path, use_dora):
+    spy = Spy()
+    model = make_model(use_dora=use_dora)
+    trainer, callback = make_trainer(host, tmp_path, GATED, model=model, callbacks=[spy])
+    trainer.train()
+    assert callback.flow.spent == recount(model) <= callback.flow.limit
+    gates = {name: p for name, p in spy.parameters[0].items() if "lora_gate" in name}
+    assert len(gates) == len(callback.flow.ranks)
+    # the very first step moved them
+    assert all(gate.all() for gate in gates.values())
+    assert any(gate.numel() for gate in gates.values())
+
+
+def test_the_regulariser_acts_once_a_step_however_gradients_are_accumulated(host, tmp_path):
+    finals = []
+    for parts, weight in ((1, 500.0), (2, 500.0), (1, 0.0)):
+        spy = Spy()
+        trainer, _ = make_trainer(
+            host,
+            tmp_path / f"{parts} {weight}",
+            GATED.model_copy(update={"dem": weight}),
+            model=make_model(dropout=0.0),
+            callbacks=[spy],
+            settings={
+                "per_device_train_batch_size": 4 // parts,
+                "gradient_accumulation_steps": parts,
+                "max_grad_norm": 0.0,
+                "optim": "sgd",
+                "max_steps": 8,
+            },
+        )
+        trainer.train()
+        finals.append(spy.parameters[0])  # before the first event
+    once, accumulated, without = finals
+    for name, parameter in once.items():
+        torch.testing.assert_close(accumulated[name], parameter, rtol=1e-4, atol=1e-6)
+    moved = [(once[n] - without[n]).abs().max() for n in once if "lora_A" in n]
+    assert min(moved) > 1e-3
+
+
 def test_bf16_training_ends_within_the_budget(host, tmp_path):
     trainer, callback = make_trainer(host, tmp_path, settings={"bf16": True})
     trainer.train()
@@ -248,6 +289,16 @@ def reallocated_dora(tmp_path_factory):
     return run_whole(tmp_path_factory.mktemp("whole"), REALLOCATE, use_dora=True)
 
 
+@pytest.fixture(scope="module")
+def gated_lora(tmp_path_factory):
+    return run_whole(tmp_path_factory.mktemp("whole"), GATED, use_dora=False)
+
+
+@pytest.fixture(scope="module")
+def gated_dora(tmp_path_factory):
+    return run_whole(tmp_path_factory.mktemp("whole"), GATED, use_dora=True)
+
+
 def resume(run, folder, checkpoint, *, budget=None, **changes):
     trainer, callback = make_trainer(
         "RankFlowTrainer",
@@ -261,7 +312,7 @@ def resume(run, folder, checkpoint, *, budget=None, **changes):
 
 
 @pytest.mark.parametrize("checkpoint", [1, 2, 3, 5, 9, 12, 15])
-@pytest.mark.parametrize("run", ["pruned_lora", "reallocated_dora"])
+@pytest.mark.parametrize("run", ["pruned_lora", "reallocated_dora", "gated_lora", "gated_dora"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run, checkpoint, tmp_path, request):
     whole = request.getfixturevalue(run)
     trainer, flow = resume(whole, tmp_path, checkpoint)
@@ -348,12 +399,14 @@ def score_best_at(evaluation):
     return lambda prediction: {"score": next(scores)}
 
 
+@pytest.mark.parametrize("components", ["factors", "gated"])
 @pytest.mark.parametrize(("evaluation", "step"), [(2, 9), (3, 12)])
 def test_the_best_model_is_restored_across_resizes_where_it_meets_the_budget(
-    evaluation, step, tmp_path, use_dora
+    evaluation, step, components, tmp_path, use_dora
 ):
     spy = Spy()
-    budget = BudgetSpec(**MOVES | {"cooldown": 1, "every": 1}, recycle=0.9, hysteresis=0)
+    moves = MOVES | {"cooldown": 1, "every": 1, "components": components}
+    budget = BudgetSpec(**moves, recycle=0.9, hysteresis=0)
     trainer, callback = make_trainer(
         "RankFlowTrainer",
         tmp_path,

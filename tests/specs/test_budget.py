@@ -64,6 +64,8 @@ def test_dynamic_rank_dora_has_the_settings_of_its_paper():
     spec = load_budget("dynamic-rank-dora")
     assert (spec.start, spec.score, spec.decay, spec.policy) == (1.5, "frobenius", 0.9, "threshold")
     assert spec.schedule == "cubic-late"
+    assert spec.components == "gated"
+    assert 0.1 <= spec.dem <= 0.5
     assert [resolve_steps(d, 1000) for d in (spec.warmup, spec.cooldown, spec.every)] == [
         150,
         500,
@@ -121,6 +123,8 @@ SOUND = {
     "warmup": 10,
     "cooldown": 0.25,
     "every": 1,
+    "components": "gated",
+    "dem": 0.5,
     "score": "random",
     "decay": 0,
     "policy": "proportional",
@@ -149,6 +153,8 @@ WRONG = {
     "warmup": (1.5, "must be a fraction of the total steps (below 1) or a whole number of steps"),
     "cooldown": (-0.1, "must be greater than or equal to 0"),
     "every": (0, "must be greater than 0"),
+    "components": ("gate", "did you mean 'gated'?"),
+    "dem": (-0.1, "must be greater than or equal to 0"),
     "score": ("tailor", "did you mean 'taylor'?"),
     "decay": (1, "must be less than 1"),
     "policy": ("knapsak-exact", "did you mean 'knapsack-exact'?"),

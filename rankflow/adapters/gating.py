@@ -1,0 +1,85 @@
+"""Turn an ordinary adapter into one of gated components, before it has been trained."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankflow.adapters.dora import accelerate_site
+from rankflow.adapters.gate import add_gate
+from rankflow.adapters.sites import Site
+from rankflow.errors import SiteError
+
+
+def add_gates(sites: Sequence[Site]) -> None:
+    """Put gates of 1 on all components, which changes no output; those that have them keep them.
+
+    Sites with a magnitude get the fast forward of ``accelerate_dora``: PEFT's knows no gate.
+
+    Args:
+        sites: All sites of an adapter.
+    """
+    for site in sites:
+        if site.magnitude_slot is not None:
+            accelerate_site(site)
+        add_gate(site.layer, site.adapter_name)
+        site.update_variant()
+
+
+def check_untrained(sites: Sequence[Site]) -> None:
+    """Check that no site changes its layer's output by its components yet.
+
+    Raises:
+        SiteError: One does.
+    """
+    trained = [s.name for s in sites if s.rank > 0 and not _is_zero(s.A) and not _is_zero(s.B)]
+    if trained:
+        raise SiteError(
+            f"{len(trained)} of {len(sites)} sites have been trained, the first is {trained[0]!r}, "
+            "and gated components start from gates of 0; begin with a new adapter, or set "
+            'components = "factors"'
+        )
+
+
+@torch.no_grad()
+def start_gates(sites: Sequence[Site], generator: torch.Generator) -> None:
+    """Draw A and B of every gated component from Kaiming's uniform distribution, and set c = 0.
+
+    Args:
+        sites: Gated sites.
+        generator: A CPU generator; equal seeds give equal factors on every device.
+    """
+    for site in sites:
+        assert site.gate is not None  # the caller has put it there
+        A, B = draw_components(site, site.rank, site.rank, generator)
+        site.A.copy_(A)
+        site.B.copy_(B)
+        site.gate.zero_()
+
+
+def _is_zero(factor: Tensor) -> bool:
+    return not bool(factor.detach().any())
+
+
+def draw_components(
+    site: Site, count: int, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    r"""Draw rows of A and columns of B as PEFT draws A, by Kaiming's rule with a gain of 1/sqrt(3).
+
+    A is uniform within :math:`\pm 1/\sqrt{in}`, and B within :math:`\pm 1/\sqrt{rank}`.
+
+    Args:
+        site: The site that they are for.
+        count: Number of components.
+        rank: Rank of the site with them.
+        generator: A CPU generator.
+
+    Returns:
+        A of ``count`` rows and B of ``count`` columns, otherwise of the site's shapes.
+    """
+    A = torch.rand(count, site.in_features, generator=generator, dtype=torch.float64) * 2 - 1
+    B = torch.rand(site.out_features, count, generator=generator, dtype=torch.float64) * 2 - 1
+    A = A.div_(math.sqrt(site.in_features)).view(count, *site.A.shape[1:])
+    B = B.div_(math.sqrt(max(rank, 1))).view(len(B), count, *site.B.shape[2:])
+    return A.to(site.A.device, site.A.dtype), B.to(site.B.device, site.B.dtype)

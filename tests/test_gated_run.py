@@ -1,0 +1,316 @@
+"""The engine on gated components: cost, optimizers, resuming, export."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rankflow.adapters.gating import add_gates
+from rankflow.adapters.newborns import orthogonal
+from rankflow.adapters.sites import find_sites
+from rankflow.checkpoint import load_state, save_state
+from rankflow.engine import RankFlow
+from rankflow.errors import CheckpointError, SiteError, SurgeryError
+from rankflow.export.peft import export_adapter
+from rankflow.records import RankPlan
+from rankflow.specs.budget import BudgetSpec
+from rankflow.surgery import resize
+
+STEPS = 32
+TARGETS = ["embed", "first", "second", "third"]
+GATED = {"rank": 2, "components": "gated", "warmup": 4, "cooldown": 8, "every": 4, "decay": 0.5}
+BUDGETS = {
+    "prune": GATED | {"start": 1.75, "schedule": "cubic-late", "recycle": 0.0, "dem": 0.3},
+    "reallocate": GATED | {"recycle": 0.6, "hysteresis": 0.0, "protect": 0},
+    "starve": GATED | {"rank": 0.6, "start": 2.5, "schedule": "linear", "recycle": 0.4},
+    "churn": GATED | {"every": 1, "recycle": 1.0, "score": "random", "hysteresis": 0, "protect": 0},
+}
+
+
+class Net(nn.Module):
+    """An embedding, three layers of different shapes, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 10)
+        self.third = nn.Linear(10, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        x = torch.tanh(self.first(torch.tanh(self.embed(tokens))))
+        return self.head(torch.tanh(self.third(torch.tanh(self.second(x)))))
+
+
+def make_model(**config):
+    torch.manual_seed(0)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | config
+    return peft.get_peft_model(Net(), peft.LoraConfig(**config))
+
+
+def make_optimizer(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+
+
+def start(name, **config):
+    model = make_model(**config)
+    flow = RankFlow(model, BudgetSpec(**BUDGETS[name]), STEPS)
+    return model, flow, make_optimizer(model)
+
+
+def loss_of(model, step):
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(7, (16,), generator=generator)
+    return functional.cross_entropy(model(tokens), tokens % 3)
+
+
+def train(model, flow, optimizer, first=0, last=STEPS):
+    for step in range(first, last):
+        (loss_of(model, step) + flow.penalty()).backward()
+        flow.observe()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        flow.step(optimizer)
+
+
+def trained_parameters(model):
+    """Every trainable tensor, gates and raw B included, in the model's order."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_every_event_counts_the_gates_and_stays_within_the_budget(name, use_dora):
+    model, flow, optimizer = start(name, use_dora=use_dora)
+    changed = 0
+    for step in range(STEPS):
+        train(model, flow, optimizer, step, step + 1)
+        assert flow.spent == sum(p.numel() for p in trained_parameters(model).values())
+        assert flow.spent <= flow.limit
+        for site in flow._sites:
+            assert len(site.gate) == site.rank
+            assert site.scale == 2
+    for event in flow.history:
+        changed += len(event.pruned) + len(event.born)
+    assert changed > 0
+    assert flow.spent <= flow.resolved.target
+
+
+def test_the_budget_of_a_rank_is_plain_loras():
+    plain = RankFlow(make_model(), BudgetSpec(rank=2), STEPS)
+    gated = RankFlow(make_model(), BudgetSpec(rank=2, components="gated"), STEPS)
+    assert gated.limit == plain.limit == plain.spent
+    assert gated.spent <= gated.limit
+
+
+def test_construction_keeps_the_function_and_draws_equal_factors_from_equal_seeds(use_dora):
+    tokens = torch.arange(7)
+    model = make_model(use_dora=use_dora)
+    before = model(tokens).detach()
+    RankFlow(model, BudgetSpec(**BUDGETS["prune"]), STEPS)
+    torch.testing.assert_close(model(tokens), before, rtol=1e-5, atol=1e-6)
+    torch.manual_seed(77)
+    twin, _, _ = start("prune", use_dora=use_dora)
+    for mine, other in zip(find_sites(model), find_sites(twin), strict=True):
+        assert not mine.gate.any()
+        assert mine.B.any()
+        assert torch.equal(mine.A, other.A)
+        assert torch.equal(mine.B, other.B)
+
+
+def test_a_birth_changes_no_output_and_draws_both_factors(use_dora):
+    model, flow, optimizer = start("prune", use_dora=use_dora)
+    train(model, flow, optimizer, 0, 3)
+    site = flow._sites[1]
+    keep = [np.arange(s.rank) for s in flow._sites]
+    births = np.array([int(s is site) for s in flow._sites])
+    tokens, rank = torch.arange(7), site.rank
+    before, moments = model(tokens).detach(), copy.deepcopy(optimizer.state[site.gate])
+    resize(
+        flow._sites,
+        RankPlan(tuple(keep), births),
+        optimizer,
+        orthogonal(torch.Generator().manual_seed(5)),
+    )
+    torch.testing.assert_close(model(tokens), before, rtol=1e-5, atol=1e-6)
+    assert site.rank == rank + 1
+    assert site.gate[-1] == 0
+    assert site.A[-1].abs().min() > 0
+    assert site.B[:, -1].abs().min() > 0
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[site.gate][key][:-1], moments[key])
+        assert optimizer.state[site.gate][key][-1] == 0
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_an_export_is_the_live_function_in_stock_peft(name, use_dora, tmp_path):
+    model, flow, optimizer = start(name, use_dora=use_dora)
+    train(model, flow, optimizer)
+    tokens = torch.arange(7)
+    for write in ("export", "save_pretrained"):
+        path = tmp_path / write
+        export_adapter(model, path) if write == "export" else model.save_pretrained(path)
+        torch.manual_seed(0)
+        stock = peft.PeftModel.from_pretrained(Net(), path)
+        assert not any("gate" in key for key in stock.state_dict())
+        torch.testing.assert_close(stock(tokens), model(tokens), rtol=1e-5, atol=1e-6)
+
+
+# --- optimizers
+
+
+def test_an_optimizer_made_before_trains_the_gates_in_the_order_of_one_made_after(use_dora):
+    model = make_model(use_dora=use_dora)
+    early = torch.optim.AdamW(
+        [
+            {"params": [model.base_model.model.head.weight], "lr": 0.1},
+            {"params": [p for p in model.parameters() if p.requires_grad]},
+        ],
+        lr=0.03,
+    )
+    flow = RankFlow(model, BudgetSpec(**BUDGETS["prune"]), STEPS)
+    flow.attach(early)
+    assert [id(p) for p in early.param_groups[1]["params"]] == [
+        id(p) for p in model.parameters() if p.requires_grad
+    ]
+    assert len(early.param_groups[0]["params"]) == 1
+    other, other_flow, late = start("prune", use_dora=use_dora)
+    train(model, flow, early)
+    train(other, other_flow, late)
+    mine, theirs = trained_parameters(model), trained_parameters(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_an_optimizer_that_has_trained_without_the_gates_is_refused():
+    model = make_model()
+    optimizer = make_optimizer(model)
+    flow = RankFlow(model, BudgetSpec(**BUDGETS["prune"]), STEPS)
+    loss_of(model, 0).backward()
+    flow.observe()
+    optimizer.step()
+    with pytest.raises(SurgeryError, match=r"without the gates of site 'embed'.*attach"):
+        flow.step(optimizer)
+
+
+def test_gates_learn_from_the_first_step():
+    model, flow, optimizer = start("prune")
+    train(model, flow, optimizer, 0, 1)
+    assert all(site.gate.abs().min() > 0 for site in flow._sites)
+
+
+def test_a_trained_adapter_is_refused():
+    model = make_model()
+    model.base_model.model.first.lora_B["default"].weight.data += 1
+    with pytest.raises(SiteError, match="1 of 4 sites have been trained, the first is 'first'"):
+        RankFlow(model, BudgetSpec(**BUDGETS["prune"]), STEPS)
+
+
+def test_a_gated_adapter_goes_on_under_a_second_engine_as_it_was():
+    model, flow, optimizer = start("reallocate")
+    train(model, flow, optimizer)
+    flow.close()
+    before = copy.deepcopy(trained_parameters(model))
+    ranks = flow.ranks
+    pattern = {"policy": "frozen", "ranks": ranks, "components": "gated"}
+    again = RankFlow(model, BudgetSpec(params=flow.spent, **pattern), STEPS)
+    assert again.ranks == ranks
+    after = trained_parameters(model)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# --- the regulariser
+
+
+def test_the_regulariser_s_gradient_is_that_of_the_penalty_in_the_loss(use_dora):
+    model, flow, _ = start("prune", use_dora=use_dora)
+    loss_of(model, 0).backward()
+    flow.regularise()
+    added = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (loss_of(model, 0) + flow.penalty()).backward()
+    for key, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(added[key], p.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_without_a_weight_there_is_no_penalty():
+    model, flow, _ = start("reallocate")
+    assert flow.penalty().item() == 0
+    flow.regularise()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_penalty_is_weighted_by_eta_and_the_components_at_the_start():
+    _, flow, _ = start("prune")
+    spread = 0.0
+    for site in flow._sites:
+        for vectors in (site.A.detach().double(), site.B.detach().double().T):
+            spread += sum(float(np.var(vector.numpy())) for vector in vectors)
+    components = sum(flow.ranks.values())
+    assert flow.penalty().item() == pytest.approx(0.3 * spread / (2 * components), rel=1e-5)
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize("kill_at", [1, 7, 13, 30])
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_killed_run_goes_on_bit_for_bit_from_stock_files(name, kill_at, use_dora, tmp_path):
+    model, flow, optimizer = start(name, use_dora=use_dora)
+    train(model, flow, optimizer)
+
+    killed, first, its_optimizer = start(name, use_dora=use_dora)
+    train(killed, first, its_optimizer, 0, kill_at)
+    save_state(first.state_dict(), tmp_path)
+    adapter = copy.deepcopy(peft.get_peft_model_state_dict(killed))
+    moments = copy.deepcopy(its_optimizer.state_dict())
+    assert not any("gate" in key for key in adapter)
+
+    resumed = make_model(use_dora=use_dora)
+    second = RankFlow(resumed, BudgetSpec(**BUDGETS[name]), STEPS, resume=load_state(tmp_path))
+    peft.set_peft_model_state_dict(resumed, adapter)
+    for key, value in trained_parameters(killed).items():
+        assert torch.equal(trained_parameters(resumed)[key], value), key
+    optimizer_again = make_optimizer(resumed)
+    optimizer_again.load_state_dict(moments)
+    second.attach(optimizer_again)
+    train(resumed, second, optimizer_again, kill_at)
+    mine, theirs = trained_parameters(resumed), trained_parameters(model)
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine | theirs)
+
+    def untimed(history):
+        return [replace(event, seconds=0.0) for event in history]
+
+    assert untimed(second.history) == untimed(flow.history)
+
+
+def test_a_state_of_ordinary_components_is_refused():
+    ordinary = RankFlow(make_model(), BudgetSpec(rank=2), STEPS).state_dict()
+    with pytest.raises(CheckpointError, match="other budget"):
+        RankFlow(make_model(), BudgetSpec(rank=2, components="gated"), STEPS, resume=ordinary)
+
+
+def test_a_state_is_a_snapshot():
+    model, flow, optimizer = start("prune")
+    state = flow.state_dict()
+    train(model, flow, optimizer, 0, 1)
+    assert not state["gated"]["first.gate"].any()
+
+
+def test_ordinary_components_need_no_state_of_their_own():
+    assert RankFlow(make_model(), BudgetSpec(rank=2), STEPS).state_dict()["gated"] == {}
+
+
+def test_gates_put_on_by_hand_are_steered_too():
+    model = make_model()
+    add_gates(find_sites(model))
+    flow = RankFlow(model, BudgetSpec(rank=2, every=4, recycle=0.5), STEPS)
+    optimizer = make_optimizer(model)
+    train(model, flow, optimizer)
+    assert flow.spent == sum(p.numel() for p in trained_parameters(model).values()) <= flow.limit
