@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from rankflow.adapters.gating import add_gates
 from rankflow.adapters.newborns import orthogonal
-from rankflow.adapters.sites import find_sites
+from rankflow.adapters.sites import Site, find_sites
 from rankflow.checkpoint import load_state, save_state
 from rankflow.engine import RankFlow
 from rankflow.errors import CheckpointError, SiteError, SurgeryError
@@ -30,6 +30,10 @@ BUDGETS = {
     "starve": GATED | {"rank": 0.6, "start": 2.5, "schedule": "linear", "recycle": 0.4},
     "churn": GATED | {"every": 1, "recycle": 1.0, "score": "random", "hysteresis": 0, "protect": 0},
 }
+
+
+def newborns():
+    return orthogonal(torch.Generator().manual_seed(5))
 
 
 class Net(nn.Module):
@@ -135,7 +139,7 @@ def test_a_birth_changes_no_output_and_draws_both_factors(use_dora):
         flow._sites,
         RankPlan(tuple(keep), births),
         optimizer,
-        orthogonal(torch.Generator().manual_seed(5)),
+        newborns(),
     )
     torch.testing.assert_close(model(tokens), before, rtol=1e-5, atol=1e-6)
     assert site.rank == rank + 1
@@ -159,6 +163,53 @@ def test_an_export_is_the_live_function_in_stock_peft(name, use_dora, tmp_path):
         stock = peft.PeftModel.from_pretrained(Net(), path)
         assert not any("gate" in key for key in stock.state_dict())
         torch.testing.assert_close(stock(tokens), model(tokens), rtol=1e-5, atol=1e-6)
+
+
+def test_a_resize_that_fails_puts_every_factor_and_its_state_back(use_dora, monkeypatch):
+    model, flow, optimizer = start("prune", use_dora=use_dora)
+    train(model, flow, optimizer, 0, 3)
+    before = [p for site in flow._sites for p, _ in site.factors]
+    state, groups = dict(optimizer.state), list(optimizer.param_groups[0]["params"])
+    install, calls = Site.install, []
+
+    def fail_late(site, **factors):
+        install(site, **factors)
+        calls.append(site)
+        if len(calls) == 3:
+            raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Site, "install", fail_late)
+    plan = RankPlan(tuple(np.array([1]) for _ in flow._sites), np.array([1, 0, 2, 0]))
+    with pytest.raises(RuntimeError, match="no memory"):
+        resize(flow._sites, plan, optimizer, newborns())
+    assert all(
+        p is old
+        for p, old in zip((p for site in flow._sites for p, _ in site.factors), before, strict=True)
+    )
+    assert dict(optimizer.state) == state
+    assert all(p is old for p, old in zip(optimizer.param_groups[0]["params"], groups, strict=True))
+
+
+def test_a_newborn_s_gate_takes_the_adam_steps_of_step_0():
+    model, flow, optimizer = start("prune")
+    train(model, flow, optimizer, 0, 3)
+    site = flow._sites[2]
+    plan = RankPlan(
+        tuple(np.arange(s.rank) for s in flow._sites),
+        np.array([int(s is site) for s in flow._sites]),
+    )
+    resize(flow._sites, plan, optimizer, newborns())
+    flow._fair_start.follow(plan)
+    gradients = torch.randn(6, generator=torch.Generator().manual_seed(1)).tolist()
+    lone = torch.zeros(1, requires_grad=True)
+    reference = torch.optim.AdamW([lone], lr=0.03)
+    for gradient in gradients:
+        optimizer.zero_grad(set_to_none=True)
+        site.gate.grad = torch.full_like(site.gate, gradient)
+        lone.grad = torch.full_like(lone, gradient)
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(site.gate[-1:], lone, rtol=1e-4, atol=1e-7)
 
 
 # --- optimizers

@@ -64,6 +64,20 @@ def test_the_plan_is_what_training_then_does(run_file):
     assert planned.events[-1][1] == done.target
 
 
+def test_the_plan_of_gated_components_counts_their_gates(run_file):
+    plain, _ = plan(run_file)
+    gated, shown = plan(run_file, "budget.components=gated")
+    assert (gated.target, gated.head, gated.base) == (plain.target, plain.head, plain.base)
+    for ordinary, site in zip(plain.sites, gated.sites, strict=True):
+        assert site.component_cost == ordinary.component_cost + 1
+    assert f"{gated.sites[0].component_cost:,}" in shown
+    done = train(
+        load_run(run_file, ["budget.components=gated"]), console=Console(file=io.StringIO())
+    )
+    assert (gated.target, gated.head) == (done.target, done.head)
+    assert done.spent <= done.target
+
+
 def test_planning_needs_no_weights(run_file, bert_folder):
     (Path(bert_folder) / "model.safetensors").unlink()
     planned, _ = plan(run_file)
