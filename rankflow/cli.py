@@ -121,6 +121,27 @@ def export(
     )
 
 
+@app.command()
+def bench(
+    cases: Annotated[
+        list[str] | None, typer.Option("--case", metavar="NAME", help="Only this one; repeatable.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Only cases of this type.")] = None,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=1, help="Steps that count.")] = 9,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny models: shows that it runs, not what it costs.")
+    ] = False,
+) -> None:
+    """Measure the fast DoRA forward against PEFT's LoRA and DoRA."""
+    from rankflow.bench.cases import choose_cases
+
+    chosen = choose_cases(cases or (), dtype=dtype, tiny=quick)
+    from rankflow.bench.run import run_bench
+
+    run_bench(chosen, console=Console(), device=device, rounds=rounds)
+
+
 @budgets.command("list")
 def list_presets() -> None:
     """List the presets."""

@@ -90,16 +90,10 @@ def squares_of_base(layer: LoraLayer, A: Tensor, B: Tensor) -> Tensor:
         return _squares_alone(weight, A, B, output_axis(layer))
 
 
-def lines_of_a_tile(like: Tensor, width: int) -> int:
-    """Return how many lines of ``width`` entries fill a tile, in the type and place of ``like``."""
-    limit = _TILE_BYTES.get(like.device.type, _TILE_BYTES_ELSEWHERE)
-    return max(1, limit // max(1, width * like.dtype.itemsize))
-
-
 def own_precision(tensor: Tensor) -> AbstractContextManager[None]:
-    """Keep autocast, where the device has it, from choosing the precision of what follows."""
+    """Keep autocast, where it is on, from choosing the precision of what follows."""
     kind = tensor.device.type
-    if torch.amp.is_autocast_available(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
 
@@ -116,9 +110,10 @@ def _expanded_squares(
     total = squares + cross + own
     # Their sum has lost a share of its digits; in low precision W A^T had few to begin with.
     worst = _CANCELLED if weight.dtype.itemsize >= 4 else _CANCELLED_LOW
-    doubtful = (total < worst * (squares + own)).nonzero().flatten()
-    for rows in doubtful.split(lines_of_a_tile(B, weight.shape[1])):
-        total[rows] = _sum_of_squares(weight[rows], A, B[rows], scale, axis=0)
+    doubtful = total < worst * (squares + own)
+    if doubtful.any():
+        for rows in doubtful.nonzero().flatten().split(_lines(B, weight)):
+            total[rows] = _sum_of_squares(weight[rows], A, B[rows], scale, axis=0)
     return total
 
 
@@ -128,13 +123,19 @@ def _squares_alone(weight: Tensor, A: Tensor, B: Tensor, axis: int) -> Tensor:
 
 def _sum_of_squares(weight: Tensor, A: Tensor, B: Tensor, scale: float, axis: int) -> Tensor:
     left, right = (B, A) if axis == 0 else (A.T, B.T)
-    lines = lines_of_a_tile(B, weight.shape[1])
+    lines = _lines(B, weight)
     tiles = zip(weight.split(lines), left.split(lines), strict=True)
     parts = [
         torch.addmm(tile.to(B.dtype), factor, right, alpha=scale).square_().sum(dim=1 - axis)
         for tile, factor in tiles
     ]
     return torch.cat(parts) if axis == 0 else torch.stack(parts).sum(dim=0)
+
+
+def _lines(B: Tensor, weight: Tensor) -> int:
+    """Lines of the weight that fill a tile."""
+    limit = _TILE_BYTES.get(weight.device.type, _TILE_BYTES_ELSEWHERE)
+    return max(1, limit // (weight.shape[1] * B.dtype.itemsize))
 
 
 def _widened(factor: Tensor, weight: Tensor) -> Tensor:
