@@ -21,7 +21,7 @@ YES, ONE = torch.tensor(True), torch.ones(())
 def gated(steer, use_dora):
     """The steered model with random gates."""
     steered = steer(use_dora=use_dora)
-    add_gates(steered.model, "default", steered.sites)
+    add_gates(steered.sites)
     for site in steered.sites:
         site.gate.data.normal_()
     return steered
@@ -34,7 +34,7 @@ def folded(gated):
     twin.sites = find_sites(twin.model)
     for site in twin.sites:
         B = nn.Parameter(site.effective_B.detach().clone())
-        site.install(site.A, B, nn.Parameter(torch.ones_like(site.gate)))
+        site.install(site.A, B, gate=nn.Parameter(torch.ones_like(site.gate)))
     return twin
 
 
@@ -129,7 +129,8 @@ def test_a_resize_is_followed(gated):
         torch.cat([t, torch.zeros_like(t.narrow(axis, 0, 1))], dim=axis)
         for t, (_, axis) in zip(new, site.factors, strict=True)
     ]
-    site.install(*(nn.Parameter(t) for t in new))
+    names = ("A", "B", "gate")
+    site.install(**{k: nn.Parameter(t) for k, t in zip(names, new, strict=False)})
     count = len(before[0])
     sources = torch.tensor([*range(count - 4), count - 3, count - 1, -1])
     for scorer, old in zip(scorers, before, strict=True):
