@@ -287,6 +287,18 @@ def test_there_are_no_more_directions_than_the_gradient_has(adapt):
     assert sketch.directions(0, 3, x).shape == (0, 60)
 
 
+def test_the_largest_entry_of_a_direction_is_positive(adapt):
+    # The sign of a singular vector is arbitrary, and rounding must not decide it.
+    (site,) = sites = layer_site(adapt)
+    for seed in range(4):
+        sketch = sketch_of(sites, seed=seed)
+        x, delta, _, _ = decaying(seed)
+        site.layer(x).backward(delta)
+        sketch.observe(YES, 1.0)
+        found = sketch.directions(0, 4)
+        assert torch.equal(found.amax(dim=1), found.abs().amax(dim=1))
+
+
 # Opening, closing, state
 
 
@@ -358,6 +370,20 @@ def test_the_mean_of_two_processes_is_the_sketch_of_the_whole_batch(steer):
     for i, G in enumerate(dense_gradients(steered, [steered.batch(0), steered.batch(1)])):
         _, rows = best_directions(steered.sites[i], G)
         assert_same_lines(sketch.directions(i, 1), rows[:1])
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_compiled_model_is_sketched_if_its_hooks_are_guarded(guarded, adapt):
+    (site,) = sites = layer_site(adapt)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=not guarded):
+        compiled = torch.compile(nn.Sequential(site.layer), backend="eager")
+        x, delta, _, _ = decaying(0)
+        compiled(x).backward(delta)
+        sketch = sketch_of(sites)
+        compiled(x).backward(delta)
+        sketch.observe(YES, 1.0)
+    assert (sketch.energy()[0] > 0.5) == guarded  # without, the compiled code overlooks them
 
 
 def test_a_sketch_that_sees_no_backward_pass_says_so_once(steer, caplog):
