@@ -31,14 +31,14 @@ TRUE_RANKS = {2: 4, 7: 5, 4: 7}  # layer -> rank of its true update, of singular
 RESCALED = (0, 7, 9)  # by row scales with a mean of 1 and a deviation of 0.4
 NOISE = 0.1
 RANK, STEPS, BATCH = 2, 400, 64
-SEEDS, TUNING_SEEDS, RATES = range(5), range(100, 103), (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
+SEEDS, TUNING_SEEDS, RATES = range(5), range(100, 103), (1e-2, 2e-2, 4e-2, 8e-2, 16e-2)
 TRUTH = {"policy": "frozen", "ranks": {name: TRUE_RANKS.get(i, 0) for i, name in enumerate(NAMES)}}
 METHODS = {  # whether DoRA, budget preset, tuned learning rate, overrides of the budget
-    "true ranks": (True, "fixed", 4e-2, TRUTH),
-    "uniform LoRA": (False, "fixed", 1e-2, {}),
-    "uniform DoRA": (True, "fixed", 1e-2, {}),
+    "true ranks": (True, "fixed", 8e-2, TRUTH),
+    "uniform LoRA": (False, "fixed", 2e-2, {}),
+    "uniform DoRA": (True, "fixed", 4e-2, {}),
     "dynamic LoRA": (False, "reallocate", 2e-2, {}),
-    "hybrid": (True, "reallocate", 4e-2, {}),
+    "hybrid": (True, "reallocate", 8e-2, {}),
 }
 
 

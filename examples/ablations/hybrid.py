@@ -44,7 +44,7 @@ RANKS = (1, 4)
 STEPS = 150
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
-RATES = (2e-3, 4e-3, 8e-3)  # where tuning starts
+RATES = (4e-3, 8e-3)  # where tuning starts
 RATE_BOUNDS = (2.5e-4, 6.4e-2)
 
 
