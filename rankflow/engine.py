@@ -31,7 +31,7 @@ from rankflow.adapters.newborns import Newborns, along, kaiming, orthogonal
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
-from rankflow.allocation.demand import estimate_demand
+from rankflow.allocation.demand import estimate_demand, price_unseen
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.budgeting import resolve_budget
 from rankflow.errors import (
@@ -433,11 +433,12 @@ class RankFlow:
     def _survey(self) -> ComponentTable:
         """Bring what is known to the host: the one copy of an event."""
         ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
-        read = torch.cat([scorer.read() for scorer in self._scorers.values()])
-        values = read.to("cpu", torch.float64).numpy()
-        scores, magnitude_scores = np.split(values, [ranks.sum()])
+        read = [scorer.read() for scorer in self._scorers.values()]
+        values = torch.cat([self._sketch.energy(), *read]).to("cpu", torch.float64).numpy()
+        energy, scores, magnitude_scores = np.split(values, np.cumsum([len(ranks), ranks.sum()]))
         mature = self._ages >= self.budget.protect
         demand = estimate_demand(ranks, scores, mature, self._demand)
+        demand = price_unseen(demand, ranks, energy)
         magnitudes = None
         if len(magnitude_scores) > 0:
             on = self._magnitudes_on()
