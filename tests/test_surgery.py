@@ -951,4 +951,3 @@ def test_the_failing_switches_above_reach_the_end_of_the_event(switched):
     resize(find_sites(model), HARD_SWITCH, optimizer, generator())
     assert 10**6 - optimizer.state.left == 22
     assert on_or_off(model) == [True, False, True, True, False]
-    take_steps(model, optimizer)
