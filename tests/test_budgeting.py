@@ -16,15 +16,16 @@ def make_sites(spec, *, magnitude=False):
         low, high = spec.bounds_of(name)
         largest = min(columns, rows)
         high = largest if high is None else min(high, largest)
-        sites.append(SiteInfo(name, "linear", columns, rows, magnitude, low, high))
+        budgeted = magnitude and spec.magnitude == "budgeted"
+        sites.append(SiteInfo(name, "linear", columns, rows, magnitude, low, high, budgeted))
     return sites
 
 
 def resolve(*, magnitude=False, total_steps=100, base=1000, width=4, **keys):
-    spec = BudgetSpec(**keys)
+    spec = BudgetSpec(**keys, magnitude="budgeted" if magnitude == "budgeted" else "always")
     return resolve_budget(
         spec,
-        make_sites(spec, magnitude=magnitude),
+        make_sites(spec, magnitude=bool(magnitude)),
         total_steps=total_steps,
         base_parameters=base,
         bytes_per_parameter=width,
@@ -208,3 +209,40 @@ def test_the_sites_keep_their_order_and_bounds():
     resolved = resolve(rank=1, max_rank=6)
     assert [site.name for site in resolved.sites] == list(SHAPES)
     assert np.array_equal([site.max_rank for site in resolved.sites], [6, 4, 6])
+
+
+@pytest.mark.parametrize("params", [4, 11, 22, 30, 80, 124])
+@pytest.mark.parametrize("policy", ["knapsack", "uniform", "random"])
+def test_budgeted_magnitudes_start_within_the_budget(policy, params):
+    resolved = resolve(magnitude="budgeted", params=params, policy=policy)
+    on = resolved.start_magnitudes
+    assert on.shape == (3,)
+    components = int(resolved.start_ranks @ np.array([20, 12, 30]))
+    assert components + int(on @ np.array([8, 4, 10])) <= params
+    assert (components > 0 or on.any()) or policy == "random"
+
+
+def test_a_budget_of_one_budgeted_magnitude_is_the_least():
+    with pytest.raises(BudgetError, match="need at least 4 "):
+        resolve(magnitude="budgeted", params=3)
+    # Full ranks cost 508, and the magnitudes 22.
+    with pytest.raises(BudgetError, match="hold at most 530 "):
+        resolve(magnitude="budgeted", params=531)
+    full = resolve(magnitude="budgeted", params=530)
+    assert full.start_ranks.tolist() == [8, 4, 10]
+    assert full.start_magnitudes.all()
+
+
+def test_bounds_are_of_ranks_and_not_of_magnitudes():
+    with pytest.raises(BudgetError, match=r"'q_proj.magnitude' in bounds matches none of the 3"):
+        resolve(magnitude="budgeted", rank=2, bounds={"q_proj.magnitude": {"max_rank": 0}})
+
+
+def test_frozen_magnitudes_count_within_the_budget():
+    frozen = {"policy": "frozen", "ranks": {"q_proj": 1, "v_proj": 1}}
+    with pytest.raises(BudgetError, match="pattern costs 84 parameters, but the budget is 83"):
+        resolve(magnitude="budgeted", params=83, **frozen)
+    frozen["ranks"]["v_proj.magnitude"] = 0
+    resolved = resolve(magnitude="budgeted", params=83, **frozen)
+    assert resolved.start_ranks.tolist() == [1, 1, 1]
+    assert resolved.start_magnitudes.tolist() == [True, False, True]

@@ -171,6 +171,13 @@ def test_an_adapter_is_inspected(adapter):
     assert "PEFT cannot load" not in result.stdout
 
 
+@pytest.mark.parametrize(("trained", "is_told"), [(60, True), (72, False), (None, False)])
+def test_an_adapter_tells_what_was_trained_where_it_stores_more(trained, is_told, adapter):
+    (adapter / "rankflow.json").write_text(json.dumps({"trained_parameters": trained}))
+    words = " ".join(run_command("inspect", adapter).stdout.split())
+    assert ("The file holds 72 parameters and 60 are trained" in words) is is_told
+
+
 def test_an_adapter_whose_configuration_has_other_ranks_is_called_out(adapter):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6}
     (adapter / "adapter_config.json").write_text(json.dumps(config))

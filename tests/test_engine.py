@@ -1,9 +1,13 @@
 import copy
+import json
+import warnings
 from dataclasses import replace
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional
 from transformers.optimization import Adafactor
@@ -18,6 +22,11 @@ from rankflow.errors import (
     SpecError,
     SurgeryError,
 )
+from rankflow.export.inspect import FACTS, WEIGHTS
+from rankflow.export.peft import export_adapter
+from rankflow.report.events import EventLog, read_events
+from rankflow.report.summary import describe_event
+from rankflow.report.tensorboard import TensorBoardSink
 from rankflow.specs.budget import BudgetSpec
 
 STEPS = 40
@@ -802,3 +811,309 @@ def test_an_optimizer_that_trained_at_other_ranks_is_refused_before_it_steps(set
     other.load_state_dict(optimizer.state_dict())
     with pytest.raises(SurgeryError, match=r"has trained site '[a-z]+' at another rank: its state"):
         untrained.attach(other)
+
+
+# Magnitudes under the budget
+
+BUDGETED = {name: budget | {"magnitude": "budgeted"} for name, budget in BUDGETS.items()}
+MAGNITUDE_SCORES = [score for score in SCORES if score != "frobenius"] + ["tangential"]
+# Small enough that magnitudes and components compete, on the mixed model.
+TIGHT = MOVES | {
+    "rank": 1.2,
+    "magnitude": "budgeted",
+    "recycle": 0.5,
+    "hysteresis": 0.0,
+    "protect": 0,
+}
+# These end with every combination of components and magnitude.
+ALL_FOUR = TIGHT | {"rank": 0.7, "score": "norm", "policy": "threshold"}
+MIXED_MAGNITUDES = {"embed": 6, "fan": 5, "first": 5, "second": 4, "conv": 4}
+
+
+def start_mixed(mixed, budget, *, total_steps=STEPS):
+    """Steer the model of all kinds of layers, with DoRA and in float64."""
+    torch.manual_seed(0)
+    model = mixed(use_dora=True, trained=False).double()
+    flow = RankFlow(model, BudgetSpec(**budget), total_steps)
+    return model, flow, make_optimizer(model, lr=0.05)
+
+
+def mixed_tokens(step):
+    return torch.randint(11, (8, 4), generator=torch.Generator().manual_seed(step))
+
+
+def train_mixed(model, flow, optimizer, *, first=0, last=STEPS):
+    """Train, and check the count after every step."""
+    for step in range(first, last):
+        tokens = mixed_tokens(step)
+        target = torch.tanh(tokens.double().sum(1, keepdim=True) - 20 + torch.arange(40))
+        (model(tokens) - target).square().mean().backward()
+        flow.observe()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        event = flow.step(optimizer)
+        assert flow.spent == recount(model)
+        if event is not None:
+            assert event.spent == flow.spent <= flow.limit == event.limit
+            assert event.magnitudes == magnitudes_in(model)
+            assert event.ranks == flow.ranks
+
+
+def magnitudes_in(model):
+    """Read which sites train a magnitude off the trainable parameters."""
+    return {
+        name: module.lora_magnitude_vector["default"].weight.numel() > 0
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+def read_stock(model, folder):
+    """Load an exported adapter by stock PEFT onto a fresh copy of the base model."""
+    base = copy.deepcopy(model).unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        return peft.PeftModel.from_pretrained(base, folder)
+
+
+@pytest.mark.parametrize("policy", ["knapsack", "knapsack-exact", "threshold", "proportional"])
+@pytest.mark.parametrize("score", MAGNITUDE_SCORES)
+def test_a_budgeted_run_keeps_the_budget_and_exports_exactly(score, policy, mixed, tmp_path):
+    model, flow, optimizer = start_mixed(mixed, TIGHT | {"score": score, "policy": policy})
+    train_mixed(model, flow, optimizer)
+    assert len(flow.history) == 8
+    assert flow.spent <= flow.limit == flow.resolved.target == int(1.2 * 64)
+    folder = export_adapter(model, tmp_path / "adapter", facts=flow.facts())
+    tokens = mixed_tokens(99)
+    stock = read_stock(model, folder)
+    torch.testing.assert_close(stock(tokens), model(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_all_four_end_states_are_reached_and_exported_exactly(mixed, tmp_path):
+    model, flow, optimizer = start_mixed(mixed, ALL_FOUR)
+    train_mixed(model, flow, optimizer)
+    on = magnitudes_in(model)
+    assert {(rank > 0, on[site]) for site, rank in flow.ranks.items()} == {
+        (True, True),
+        (True, False),
+        (False, True),
+        (False, False),
+    }
+    pruned = [c for event in flow.history for c in event.pruned if c.component is None]
+    born = [c for event in flow.history for c in event.born if c.component is None]
+    assert pruned
+    assert born
+    folder = export_adapter(model, tmp_path / "adapter", facts=flow.facts())
+    stock = read_stock(model, folder)
+    tokens = mixed_tokens(99)
+    torch.testing.assert_close(stock(tokens), model(tokens), rtol=1e-12, atol=1e-12)
+    own = json.loads((folder / FACTS).read_text())
+    assert own["trained_parameters"] == own["run"]["spent"] == flow.spent == recount(model)
+    assert own["stored_parameters"] > own["trained_parameters"]
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_every_budget_covers_magnitudes(name):
+    model, flow, optimizer = start(BUDGETED[name], use_dora=True)
+    for step in range(STEPS):
+        event = take_step(model, flow, optimizer, step)
+        assert flow.spent == recount(model)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in adapter_parameters(model).values()}
+        assert event is None or event.spent == flow.spent <= flow.limit == event.limit
+    assert len(flow.history) == 8
+    assert flow.spent <= flow.resolved.target
+    assert flow.finish() is None
+
+
+def test_the_history_tells_what_became_of_every_magnitude(mixed):
+    model, flow, optimizer = start_mixed(mixed, ALL_FOUR)
+    on = magnitudes_in(model)
+    train_mixed(model, flow, optimizer)
+    for event in flow.history:
+        for change in event.born:
+            if change.component is None:
+                assert on[change.site] is False
+                on[change.site] = True
+        for change in event.pruned:
+            if change.component is None:
+                assert on[change.site] is True
+                on[change.site] = False
+        assert event.magnitudes == on
+        cost = sum(MIXED_MAGNITUDES[site] for site, is_on in on.items() if is_on)
+        costs = dict(zip(on, (18, 11, 10, 9, 16), strict=True))
+        assert event.spent == cost + sum(costs[s] * r for s, r in event.ranks.items())
+
+
+def test_finishing_early_turns_magnitudes_off_where_the_budget_needs_it(mixed):
+    budget = TIGHT | {"start": 1.9, "schedule": "cubic", "rank": 0.7}
+    model, flow, optimizer = start_mixed(mixed, budget)
+    train_mixed(model, flow, optimizer, last=5)
+    assert flow.spent > flow.resolved.target
+    event = flow.finish()
+    assert flow.spent == event.spent == recount(model) <= flow.limit == flow.resolved.target
+
+
+def test_never_trains_no_magnitude_and_exports_plain_lora(mixed, tmp_path):
+    model, flow, optimizer = start_mixed(mixed, TIGHT | {"magnitude": "never"})
+    assert not any(magnitudes_in(model).values())
+    for step in range(STEPS):
+        tokens = mixed_tokens(step)
+        model(tokens).square().mean().backward()
+        flow.observe()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        flow.step(optimizer)
+        assert flow.spent == recount(model) <= flow.limit
+    assert flow.history
+    assert all(event.magnitudes == {} for event in flow.history)
+    assert not any(magnitudes_in(model).values())
+    folder = export_adapter(model, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["use_dora"] is False
+    assert not any("magnitude" in key for key in load_file(folder / WEIGHTS))
+    tokens = mixed_tokens(99)
+    stock = read_stock(model, folder)
+    torch.testing.assert_close(stock(tokens), model(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_never_decides_like_plain_lora():
+    runs = []
+    for config in ({"use_dora": True}, {"use_dora": False}):
+        budget = BUDGETS["reallocate"] | {"magnitude": "never"}
+        model, flow, optimizer = start(budget, **config)
+        train(model, flow, optimizer)
+        runs.append((untimed(flow.history), recount(model), loss_of(model, 99)))
+    assert runs[0][0] == runs[1][0]
+    assert runs[0][1:] == runs[1][1:]
+
+
+@pytest.mark.parametrize("magnitude", ["always", "never"])
+def test_magnitudes_of_plain_lora_can_be_left_out_of_the_budget(magnitude):
+    _, flow, _ = start(BUDGETS["prune"] | {"magnitude": magnitude})
+    assert flow.spent <= flow.limit
+
+
+def test_budgeted_magnitudes_of_plain_lora_are_refused_with_the_remedy():
+    model = make_model()
+    with pytest.raises(BudgetError, match=r"adapter has none; make it with LoraConfig\(use_dora="):
+        RankFlow(model, BudgetSpec(**BUDGETED["prune"]), STEPS)
+    assert set(ranks_in(model).values()) == {4}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "magnitudes"),
+    [
+        ({".*": 1}, [True, True, True]),
+        ({"first": 2, "second": 1, "third": 1, "first.magnitude": 0}, [False, True, True]),
+        ({"first|second|third": 1, r".*\.magnitude": 0}, [False, False, False]),
+        ({".*magnitude": 0, "third.magnitude": 1, ".*": 1}, [False, False, False]),
+        ({"third.magnitude": 1, ".*magnitude": 0, ".*": 1}, [False, False, True]),
+    ],
+)
+def test_frozen_magnitudes_stay_on_unless_a_pattern_turns_them_off(ranks, magnitudes):
+    budget = {"rank": 3, "policy": "frozen", "magnitude": "budgeted", "ranks": ranks}
+    model, flow, optimizer = start(budget, use_dora=True)
+    train(model, flow, optimizer, last=3)
+    assert list(magnitudes_in(model).values()) == magnitudes
+    assert flow.ranks["second"] == 1
+    assert flow.spent == recount(model)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "magnitude", "message"),
+    [
+        ({".*": 1, "first.magnitude": 2}, "budgeted", r"first.magnitude rank 2.*between 0 and 1"),
+        ({".*": 1, "fourth.magnitude": 0}, "budgeted", r"'fourth.magnitude' in ranks matches none"),
+        ({".*": 1, "first.magnitude": 0}, "always", r"'first.magnitude' in ranks matches none"),
+        ({"first.magnitude": 0}, "budgeted", r"say nothing of site 'first'"),
+    ],
+)
+def test_frozen_magnitudes_that_make_no_sense_are_refused(ranks, magnitude, message):
+    budget = {"rank": 3, "policy": "frozen", "magnitude": magnitude, "ranks": ranks}
+    with pytest.raises(BudgetError, match=message):
+        start(budget, use_dora=True)
+
+
+def test_the_function_moves_by_nothing_where_magnitudes_come_back_and_nothing_goes():
+    budget = BUDGETED["grow"] | {"recycle": 0.0, "rank": 1.5, "start": 0.3, "score": "random"}
+    model, flow, optimizer = start(budget, use_dora=True)
+    x, _ = batch(0)
+    for step in range(STEPS):
+        loss_of(model, step).backward()
+        flow.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = model(x)
+        event = flow.step(optimizer)
+        if event is not None and not event.pruned:
+            torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-6)
+    assert any(event.born for event in flow.history)
+
+
+@pytest.mark.parametrize("stopped", [0, 3, 4, 9, 22, 33])
+@pytest.mark.parametrize("name", ["reallocate", "starve"])
+def test_a_budgeted_run_resumes_bit_for_bit(name, stopped, tmp_path):
+    flow = check_resumed_run(tmp_path, BUDGETED[name], stopped, use_dora=True)
+    assert any(event.born for event in flow.history)
+
+
+@pytest.mark.parametrize("score", MAGNITUDE_SCORES)
+def test_a_budgeted_run_of_every_score_resumes_bit_for_bit(score, tmp_path):
+    budget = BUDGETED["reallocate"] | CHURN | {"rank": 1, "score": score, "policy": "threshold"}
+    flow = check_resumed_run(tmp_path, budget, 14, use_dora=True)
+    changes = [c for event in flow.history for c in event.pruned + event.born]
+    assert any(change.component is None for change in changes)
+
+
+@pytest.mark.parametrize("stopped", [1, 4, 13, 30])
+def test_a_run_on_every_kind_of_layer_resumes_with_the_same_magnitudes(stopped, mixed, tmp_path):
+    model, flow, optimizer = start_mixed(mixed, ALL_FOUR)
+    train_mixed(model, flow, optimizer, last=stopped)
+    saved = save(tmp_path, model, flow, optimizer)
+    train_mixed(model, flow, optimizer, first=stopped)
+    torch.manual_seed(5)
+    fresh = mixed(use_dora=True, trained=False).double()
+    resumed = RankFlow(fresh, BudgetSpec(**ALL_FOUR), STEPS, resume=load_state(tmp_path))
+    assert fresh.load_state_dict(saved["model"], strict=True) == ([], [])
+    other = make_optimizer(fresh, lr=0.05)
+    other.load_state_dict(saved["optimizer"])
+    resumed.attach(other)
+    train_mixed(fresh, resumed, other, first=stopped)
+    assert untimed(resumed.history) == untimed(flow.history)
+    assert magnitudes_in(fresh) == magnitudes_in(model)
+    for name, parameter in adapter_parameters(fresh).items():
+        assert torch.equal(parameter, adapter_parameters(model)[name])
+
+
+def test_a_running_budgeted_engine_can_be_set_back(mixed):
+    model, flow, optimizer = start_mixed(mixed, ALL_FOUR)
+    train_mixed(model, flow, optimizer, last=6)
+    on = magnitudes_in(model)
+    state, saved = flow.state_dict(), copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train_mixed(model, flow, optimizer, first=6)
+    history, parameters = untimed(flow.history), copy.deepcopy(adapter_parameters(model))
+    assert magnitudes_in(model) != on
+    flow.load_state_dict(state)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert magnitudes_in(model) == on
+    train_mixed(model, flow, optimizer, first=6)
+    assert untimed(flow.history) == history
+    for name, parameter in adapter_parameters(model).items():
+        assert torch.equal(parameter, parameters[name])
+
+
+def test_every_sink_survives_events_of_magnitudes(mixed, tmp_path):
+    model, flow, optimizer = start_mixed(mixed, ALL_FOUR)
+    log, board, lines = EventLog(tmp_path / "events.jsonl"), TensorBoardSink(tmp_path), []
+    flow.sinks += [log, board, lambda event: lines.append(describe_event(event))]
+    train_mixed(model, flow, optimizer)
+    log.close()
+    board.close()
+    assert read_events(tmp_path / "events.jsonl") == flow.history
+    on = sum(flow.history[-1].magnitudes.values())
+    assert 0 < on < 5
+    assert f"magnitudes {on} of 5" in lines[-1]
+    scalars = EventAccumulator(str(tmp_path)).Reload().Scalars("rankflow/magnitudes")
+    assert [s.value for s in scalars] == [sum(e.magnitudes.values()) for e in flow.history]

@@ -1,7 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 
 from rankflow.eventing import describe
-from rankflow.records import ComponentChange, ComponentTable, RankPlan, SiteInfo
+from rankflow.records import (
+    ComponentChange,
+    ComponentTable,
+    MagnitudeTable,
+    RankPlan,
+    SiteInfo,
+)
 
 SITES = tuple(SiteInfo(name, "linear", 4, 6, True, 0, 4) for name in ("q", "k", "v"))
 
@@ -86,3 +94,38 @@ def test_the_record_holds_plain_values_only():
     assert {type(value) for value in values} == {int}
     scores = [*event.importance.values(), *(change.score for change in event.pruned + event.born)]
     assert {type(score) for score in scores} == {float}
+
+
+def covered_table():
+    """The same components; q and k have a budgeted magnitude, and v none."""
+    sites = tuple(
+        replace(site, has_magnitude=site.name != "v", is_budgeted=site.name != "v")
+        for site in SITES
+    )
+    magnitudes = MagnitudeTable(
+        np.array([True, False, False]), np.array([0.25, 0.75, 0.0]), np.zeros(3, dtype=np.int64)
+    )
+    return replace(make_table(), sites=sites, magnitudes=magnitudes)
+
+
+def test_magnitudes_that_come_and_go_are_told_and_counted():
+    plan = replace(make_plan(), magnitudes=np.array([False, True, False]))
+    event = describe(covered_table(), plan, 0, 1, 67, 0.0)
+    assert event.spent_before == 6 + 5 * 10
+    assert event.spent == 6 + 5 * 10
+    assert event.magnitudes == {"q": False, "k": True, "v": False}
+    assert {type(value) for value in event.magnitudes.values()} == {bool}
+    assert event.pruned[-1] == ComponentChange("q", None, 0.25, "another site promises more")
+    assert event.born[-1] == ComponentChange("k", None, 0.75, "demand per parameter")
+    assert [c.component for c in event.pruned + event.born].count(None) == 2
+
+
+def test_a_magnitude_above_the_budget_goes_because_the_budget_fell():
+    plan = replace(make_plan(), magnitudes=np.array([False, False, False]))
+    event = describe(covered_table(), plan, 0, 1, 55, 0.0)
+    assert (event.spent_before, event.spent) == (56, 50)
+    assert event.pruned[-1].reason == "the budget fell"
+
+
+def test_without_budgeted_magnitudes_an_event_says_nothing_of_them():
+    assert describe(make_table(), make_plan(), 4, 120, 70, 0.25).magnitudes == {}

@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+from rankflow.adapters.dead import DeadVariant
+from rankflow.adapters.dora import accelerate_dora
 from rankflow.adapters.newborns import orthogonal
 from rankflow.adapters.sites import Site, find_sites
 from rankflow.errors import SurgeryError
@@ -633,3 +636,300 @@ def test_resizing_in_place_drops_gradients_of_the_old_shape(mixed):
     resize_in_place(sites, make_plan([[0]] * 5, [0] * 5), newborns())
     assert all(s.A.grad is None and s.B.grad is None for s in sites)
     take_steps(model, optimizer)
+
+
+# --- magnitudes
+
+ALL = [True] * 5
+MIXED = [False, True, False, True, True]
+
+
+def switch(magnitudes, keep=None, births=None):
+    """Plan which magnitudes are on; all components of rank 3 stay unless told otherwise."""
+    plan = make_plan([FULL] * 5 if keep is None else keep, [0] * 5 if births is None else births)
+    return replace(plan, magnitudes=np.array(magnitudes))
+
+
+def on_or_off(model):
+    return [site.magnitude is not None for site in find_sites(model)]
+
+
+def directions(site):
+    """The rows of W + s B A, dense, shape (out, in)."""
+    weight = site.layer.get_base_layer().weight.detach()
+    rows = weight.T if site.name in ("embed", "fan") else weight.flatten(1)
+    return rows + site.scale * (site.B.flatten(1) @ site.A.flatten(1)).detach()
+
+
+def scales(site):
+    """m / n of every row, dense."""
+    return site.magnitude.detach().flatten() / directions(site).norm(dim=1)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("births", [0, 1])
+def test_turning_magnitudes_on_leaves_the_function_as_it_was(births, dtype, rtol, mixed):
+    model = mixed(use_dora=True).to(dtype)
+    sites = find_sites(model)
+    resize(sites, switch([False] * 5, [[0, 2], [], [1], FULL, [0]]), None, newborns())
+    assert on_or_off(model) == [False] * 5
+    before = model(tokens()).detach()
+    keep = [range(site.rank) for site in sites]
+    resize(sites, switch(ALL, keep, [births] * 3 + [0, births]), None, newborns())
+    assert on_or_off(model) == ALL
+    assert (model(tokens()) - before).abs().max() <= rtol * before.abs().max()
+    for site in sites:
+        torch.testing.assert_close(scales(site), torch.ones(site.out_features).to(dtype))
+
+
+def test_turning_a_magnitude_off_leaves_plain_lora(layer_case, host, adapt):
+    model = adapt(host(layer_case), use_dora=True).double()
+    (site,) = find_sites(model)
+    x = layer_case.inputs()
+    x = x.double() if x.is_floating_point() else x
+    plan = replace(make_plan([[0, 2]], [1]), magnitudes=np.array([False]))
+    resize([site], plan, None, newborns())
+    base = site.layer.get_base_layer()
+    V = layer_case.matrix(base.weight.detach())
+    V = V + site.scale * (site.B.flatten(1) @ site.A.flatten(1)).detach()
+    bias = getattr(base, "bias", None)
+    expected = layer_case.apply(
+        base, x, layer_case.weight_like(V, base.weight), None if bias is None else bias.detach()
+    )
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert site.parameters == site.A.numel() + site.B.numel()
+
+
+MOMENTS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_the_optimizer_follows_magnitudes_that_go_come_and_stay(name, mixed):
+    model = mixed(use_dora=True)
+    sites = find_sites(model)
+    resize_in_place(sites, switch([True, True, False, True, True]), newborns())
+    optimizer = MOMENTS[name](trainable(model))
+    take_steps(model, optimizer)
+    old = [site.magnitude_slot for site in sites]
+    state = [dict(optimizer.state.get(slot, {})) for slot in old]
+    assert [bool(s) for s in state] == [True, True, False, True, True]
+    # embed goes, fan is rescaled, first comes, second stays as it is, conv is rescaled and dies.
+    plan = switch([False, True, True, True, True], [FULL, [1], FULL, FULL, []], [0, 1, 0, 0, 0])
+    resize(sites, plan, optimizer, newborns())
+    new = [site.magnitude_slot for site in sites]
+    assert [a is b for a, b in zip(new, old, strict=True)] == [False, False, False, True, False]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in trainable(model)}
+    assert all(slot not in optimizer.state for slot in old if slot is not new[3])
+    assert not optimizer.state.get(new[0])
+    assert not optimizer.state.get(new[2])
+    for i in (1, 3, 4):
+        assert optimizer.state[new[i]].keys() == state[i].keys()
+        for key, value in state[i].items():
+            assert torch.equal(optimizer.state[new[i]][key], value)
+    before = [slot.detach().clone() for slot in new]
+    take_steps(model, optimizer, 1)
+    assert not optimizer.state.get(new[0])
+    for slot, value in zip(new[1:], before[1:], strict=True):
+        assert not torch.equal(slot, value)
+    if "Adam" in name:
+        assert [int(optimizer.state[slot]["step"]) for slot in new[1:]] == [4, 1, 4, 4]
+        # A first step of Adam has the length of the learning rate, whatever the others have done.
+        moved = (new[2] - before[2] * (1 - 1e-4)).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, 1e-2), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [[[0, 2], [1], FULL, [2], [0, 1]], [[]] * 5, [[0]] * 5],
+    ids=["some", "all", "most"],
+)
+@pytest.mark.parametrize("births", [0, 2])
+def test_keep_scale_keeps_the_scale_of_every_row(keep, births, mixed):
+    model = mixed(use_dora=True).double()
+    sites = find_sites(model)
+    before = [scales(site) for site in sites]
+    assert any((scale - 1).abs().max() > 0.1 for scale in before)
+    resize(sites, make_plan(keep, [births] * 5), None, newborns())
+    for site, scale in zip(sites, before, strict=True):
+        torch.testing.assert_close(scales(site), scale, rtol=1e-13, atol=0)
+
+
+def test_without_renormalising_the_magnitude_keeps_its_value_and_identity(mixed):
+    model = mixed(use_dora=True).double()
+    sites = find_sites(model)
+    slots = [site.magnitude for site in sites]
+    before = [slot.detach().clone() for slot in slots]
+    resize(sites, make_plan([[0]] * 5, [0] * 5), None, newborns(), renormalise="none")
+    for site, slot, value in zip(sites, slots, before, strict=True):
+        assert site.magnitude is slot
+        assert torch.equal(slot, value)
+
+
+@pytest.mark.parametrize("renormalise", ["keep-scale", "none"])
+def test_births_alone_leave_magnitudes_alone(renormalise, mixed):
+    model = mixed(use_dora=True)
+    sites = find_sites(model)
+    slots = [site.magnitude for site in sites]
+    resize(sites, make_plan([FULL] * 5, [1] * 5), None, newborns(), renormalise)
+    assert all(site.magnitude is slot for site, slot in zip(sites, slots, strict=True))
+
+
+def test_rows_of_zeros_and_magnitudes_of_zero_stay_what_they_are(mixed):
+    model = mixed(use_dora=True).double()
+    sites = find_sites(model)
+    first, second = sites[2], sites[3]
+    first.layer.get_base_layer().weight.data[1] = 0
+    first.B.data[1] = 0  # a row without a direction
+    first.magnitude.data[1] = 30
+    first.magnitude.data[2] = 0  # a row that is switched off
+    second.layer.get_base_layer().weight.data[0] = 0  # a row of components alone
+    before = scales(second)
+    resize(sites, make_plan([FULL, FULL, [0], [1], FULL], [0] * 5), None, newborns())
+    assert first.magnitude[1] == 30
+    assert first.magnitude[2] == 0
+    torch.testing.assert_close(scales(second), before, rtol=1e-13, atol=0)
+    resize(sites, make_plan([FULL, FULL, [0], [], FULL], [0] * 5), None, newborns())
+    assert all(torch.isfinite(site.magnitude).all() for site in sites)
+
+
+def test_a_magnitude_comes_on_at_a_site_that_is_dead(mixed):
+    model = mixed(use_dora=True).double()
+    sites = find_sites(model)
+    resize(sites, switch([False] * 5, [[]] * 5), None, newborns())
+    with model.disable_adapter():
+        base = model(tokens())
+    assert torch.equal(model(tokens()), base)
+    assert sum(site.parameters for site in sites) == 0
+    resize(sites, switch(ALL, [[]] * 5), None, newborns())
+    torch.testing.assert_close(model(tokens()), base, rtol=1e-13, atol=1e-13)
+    model(tokens()).square().mean().backward()
+    assert all(site.magnitude.grad.any() for site in sites)
+
+
+def test_a_plan_that_says_nothing_of_magnitudes_leaves_them_on_or_off(mixed):
+    model = mixed(use_dora=True)
+    sites = find_sites(model)
+    resize(sites, switch(MIXED), None, newborns())
+    resize(sites, make_plan([[0]] * 5, [1] * 5), None, newborns())
+    assert on_or_off(model) == MIXED
+
+
+def test_resizing_in_place_turns_magnitudes_off_and_on_and_keeps_their_identity(mixed):
+    model = mixed(use_dora=True)
+    twin = copy.deepcopy(model)
+    parameters = trainable(model)
+    optimizer = torch.optim.AdamW(parameters)
+    for magnitudes in (MIXED, ALL, [False] * 5, MIXED):
+        resize_in_place(find_sites(model), switch(magnitudes), newborns())
+        resize(find_sites(twin), switch(magnitudes), None, newborns())
+        assert on_or_off(model) == on_or_off(twin) == magnitudes
+        assert [id(p) for p in trainable(model)] == [id(p) for p in parameters]
+        assert torch.equal(model(tokens()), twin(tokens()))
+    take_steps(model, optimizer)
+    assert [bool(optimizer.state.get(s.magnitude_slot)) for s in find_sites(model)] == MIXED
+
+
+def test_memory_of_a_magnitude_that_is_off_is_given_back(mixed):
+    model = mixed(use_dora=True)
+    optimizer = torch.optim.AdamW(trainable(model))
+    take_steps(model, optimizer)
+    sites = find_sites(model)
+    resize(sites, switch(MIXED), optimizer, newborns())
+    for site, on in zip(sites, MIXED, strict=True):
+        held = site.magnitude_slot.untyped_storage().nbytes()
+        assert held == (4 * site.out_features if on else 0)
+
+
+@pytest.mark.parametrize("magnitudes", [[True] * 5, [False] * 4 + [True]])
+def test_a_magnitude_for_plain_lora_is_refused_by_the_sites_name(magnitudes, mixed):
+    model = mixed()
+    optimizer = torch.optim.AdamW(trainable(model))
+    take_steps(model, optimizer)
+    before = snapshot(model, optimizer)
+    name = "embed" if magnitudes[0] else "conv"
+    with pytest.raises(SurgeryError, match=rf"gives site '{name}' a magnitude.*use_dora=True"):
+        resize(find_sites(model), switch(magnitudes), optimizer, newborns())
+    with pytest.raises(SurgeryError, match="speaks of 5 sites"):
+        resize(find_sites(model), switch([False] * 4), optimizer, newborns())
+    assert_unchanged(snapshot(model, optimizer), before)
+
+
+def test_an_optimizer_without_the_magnitude_is_refused_before_it_comes_on(mixed):
+    model = mixed(use_dora=True)
+    sites = find_sites(model)
+    resize_in_place(sites, switch(MIXED), newborns())
+    others = torch.optim.AdamW(p for p in trainable(model) if p.numel() > 0)
+    take_steps(model, others)
+    before = snapshot(model, others)
+    with pytest.raises(SurgeryError, match="does not train the adapter of site 'embed'"):
+        resize(find_sites(model), switch(ALL), others, newborns())
+    assert_unchanged(snapshot(model, others), before)
+
+
+# From ranks (3, 3, 0, 3, 3) and magnitudes MIXED: going, coming, rescaled, coming alone, dying.
+HARD_SWITCH = switch([True, False, True, True, False], [FULL, [1], [], [0, 2], []], [0, 1, 2, 0, 0])
+
+
+@pytest.fixture(params=[False, True], ids=["PEFT's forward", "fast forward"])
+def switched(request, mixed):
+    """A model with a dead site and two magnitudes off, and an optimizer with a state."""
+    model = mixed(use_dora=True)
+    if request.param:
+        accelerate_dora(model)
+    optimizer = torch.optim.AdamW(trainable(model))
+    keep = [FULL, FULL, [], FULL, FULL]
+    resize(find_sites(model), switch(MIXED, keep), optimizer, newborns())
+    take_steps(model, optimizer)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failing_switch_leaves_everything_as_it_was(k, when, switched, monkeypatch):
+    model, optimizer = switched
+    before = snapshot(model, optimizer)
+    variants = [dict(site.layer.lora_variant) for site in find_sites(model)]
+    install, calls = Site.install, []
+
+    def fail(site, **parameters):
+        calls.append(site)
+        if len(calls) != k or when == "after":
+            install(site, **parameters)
+        if len(calls) == k:
+            raise KeyboardInterrupt("injected")
+
+    monkeypatch.setattr(Site, "install", fail)
+    with pytest.raises(KeyboardInterrupt, match="injected"):
+        resize(find_sites(model), HARD_SWITCH, optimizer, newborns())
+    assert_unchanged(snapshot(model, optimizer), before)
+    assert on_or_off(model) == MIXED
+    for site, old in zip(find_sites(model), variants, strict=True):
+        for name, variant in old.items():
+            assert isinstance(variant, DeadVariant) or site.layer.lora_variant[name] is variant
+    take_steps(model, optimizer)
+
+
+@pytest.mark.parametrize("k", range(1, 23))
+def test_a_switch_that_fails_in_the_optimizers_state_leaves_everything_as_it_was(k, switched):
+    model, optimizer = switched
+    before = snapshot(model, optimizer)
+    optimizer.state = FailingState(optimizer.state, k)
+    with pytest.raises(RuntimeError, match="injected"):
+        resize(find_sites(model), HARD_SWITCH, optimizer, newborns())
+    assert_unchanged(snapshot(model, optimizer), before)
+    optimizer.state.left = 0
+    take_steps(model, optimizer)
+
+
+def test_the_failing_switches_above_reach_the_end_of_the_event(switched):
+    model, optimizer = switched
+    optimizer.state = FailingState(optimizer.state, 10**6)
+    resize(find_sites(model), HARD_SWITCH, optimizer, newborns())
+    assert 10**6 - optimizer.state.left == 22
+    assert on_or_off(model) == [True, False, True, True, False]

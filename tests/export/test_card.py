@@ -102,3 +102,8 @@ def test_without_a_run_nothing_is_claimed_about_one():
     card = make_card()
     assert "Budget" not in card
     assert "Metrics" not in card
+
+
+def test_what_is_stored_and_not_trained_is_told():
+    assert "The file holds 1,040 parameters and 940 are trained" in make_card(trained=940)
+    assert "The file holds" not in make_card(trained=1040)

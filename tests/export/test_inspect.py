@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from rankflow.errors import RankFlowError
-from rankflow.export.inspect import CONFIG, WEIGHTS, inspect_adapter
+from rankflow.export.inspect import CONFIG, FACTS, WEIGHTS, inspect_adapter
 
 
 class Net(nn.Module):
@@ -147,4 +147,22 @@ def test_weights_cut_short_are_refused(tmp_path):
 def test_weights_without_a_component_are_refused(tmp_path):
     write_adapter(tmp_path, {"classifier.weight": (2, 2)})
     with pytest.raises(RankFlowError, match="holds no LoRA tensor; was it saved by PEFT"):
+        inspect_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "trained"),
+    [(None, None), ('{"trained_parameters": 11}', 11), ('{"ranks": {}}', None), ("[]", None)],
+)
+def test_what_was_trained_is_told_where_a_file_beside_knows_it(text, trained, tmp_path):
+    write_adapter(tmp_path, A)
+    if text is not None:
+        (tmp_path / FACTS).write_text(text)
+    assert inspect_adapter(tmp_path).trained_parameters == trained
+
+
+def test_a_damaged_file_beside_is_named(tmp_path):
+    write_adapter(tmp_path, A)
+    (tmp_path / FACTS).write_text("{")
+    with pytest.raises(RankFlowError, match=f"{FACTS} is not valid JSON"):
         inspect_adapter(tmp_path)

@@ -15,8 +15,9 @@ from torch import nn
 from rankflow.engine import RankFlow
 from rankflow.errors import ExportError, SiteError
 from rankflow.export import peft as export_module
-from rankflow.export.inspect import WEIGHTS
-from rankflow.export.peft import FACTS, export_adapter
+from rankflow.export.folder import export_folder
+from rankflow.export.inspect import FACTS, WEIGHTS
+from rankflow.export.peft import export_adapter
 from rankflow.specs.budget import BudgetSpec
 
 # Loads every case with stock libraries alone and notes the logits that it then gives.
@@ -485,3 +486,63 @@ def test_export_emits_no_warning(tmp_path, use_dora):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         export_adapter(model, tmp_path / "adapter")
+
+
+def make_budgeted(**changes):
+    """Train under a budget that covers magnitudes, and end with some on and some off."""
+    torch.manual_seed(0)
+    model = adapt(*make_llama(), use_dora=True)
+    keys = {"warmup": 1, "cooldown": 1, "every": 2, "recycle": 0.6, "hysteresis": 0, "protect": 0}
+    keys |= {"rank": 0.8, "magnitude": "budgeted", "score": "random", "policy": "threshold"}
+    flow = RankFlow(model, BudgetSpec(**keys | changes), total_steps=12)
+    train(model, "llama", 12, flow)
+    return model, flow
+
+
+@pytest.mark.parametrize("magnitude", ["never", "budgeted"])
+def test_an_adapter_of_magnitudes_that_come_and_go_reads_back_in_peft_and_transformers(
+    tmp_path, magnitude
+):
+    model, flow = make_budgeted(magnitude=magnitude)
+    folder = export_adapter(model, tmp_path / "adapter", facts=flow.facts())
+    live = logits_of(model)
+    torch.manual_seed(0)
+    untouched, _ = make_llama()
+    assert (logits_of(untouched.eval()) - live).abs().max() > 0.1
+    assert (logits_of(read_back(folder)) - live).abs().max() <= 1e-5
+    untouched.load_adapter(str(folder))
+    assert (logits_of(untouched) - live).abs().max() <= 1e-5
+    merged = read_back(folder).merge_and_unload(safe_merge=True)
+    assert (logits_of(merged) - live).abs().max() <= 1e-5
+    if magnitude == "budgeted":
+        assert {True, False} == set(flow.history[-1].magnitudes.values())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["use_dora"] is (magnitude == "budgeted")
+    title = (folder / "README.md").read_text().split("# ")[1]
+    assert title.startswith("DoRA" if magnitude == "budgeted" else "LoRA")
+
+
+def test_trained_and_stored_parameters_travel_through_another_export(tmp_path):
+    model, flow = make_budgeted()
+    folder = export_adapter(model, tmp_path / "adapter", facts=flow.facts())
+    again = export_folder(folder, tmp_path / "again")
+    facts = [json.loads((path / FACTS).read_text()) for path in (folder, again)]
+    stored = sum(t.numel() for k, t in load_file(folder / WEIGHTS).items() if ".lora_" in k)
+    for own in facts:
+        assert own["trained_parameters"] == flow.spent < own["stored_parameters"] == stored
+    for path in (folder, again):
+        assert (
+            f"{stored:,} parameters and {flow.spent:,} are trained"
+            in (path / "README.md").read_text()
+        )
+
+
+def test_where_nobody_knows_what_was_trained_nothing_is_claimed(tmp_path):
+    model = make_trained()
+    folder = export_adapter(model, tmp_path / "adapter")
+    (folder / FACTS).unlink()
+    again = export_folder(folder, tmp_path / "again")
+    own = json.loads((again / FACTS).read_text())
+    assert own["trained_parameters"] is None
+    assert own["stored_parameters"] == sum(t.numel() for t in load_file(again / WEIGHTS).values())
+    assert "The file holds" not in (again / "README.md").read_text()

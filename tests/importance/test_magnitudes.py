@@ -248,6 +248,9 @@ def test_scores_follow_magnitudes_that_come_go_and_stay(name, steered):
     torch.testing.assert_close(scorer.read()[OFF], fresh.read()[OFF], rtol=1e-5, atol=0)
     assert scorer.read()[OFF] > 0
     assert not torch.isclose(scorer.read()[1], fresh.read()[1], rtol=1e-3, atol=0)
+    before = scorer.read().clone()
+    scorer.reindex(steered.sites, torch.tensor([-1, 1, 2, -1, 4]))  # as long as the last site's
+    assert torch.equal(scorer.read(), before * torch.tensor([0, 1, 1, 0, 1]))
 
 
 @pytest.mark.parametrize("name", SCORES)

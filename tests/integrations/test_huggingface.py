@@ -21,6 +21,15 @@ MOVES = {"rank": 1.5, "warmup": 2, "cooldown": 4, "every": 3, "decay": 0.5, "pro
 PRUNE = BudgetSpec(**MOVES, start=2, schedule="linear", recycle=0.2, hysteresis=0.1)
 REALLOCATE = BudgetSpec(**MOVES, recycle=0.5, hysteresis=0.1)
 GATED = BudgetSpec(**MOVES, recycle=0.5, hysteresis=0.1, components="gated", dem=0.5)
+# A magnitude may go and come back, and others find no room at the start.
+BUDGETED = BudgetSpec(
+    **MOVES | {"rank": 0.8, "protect": 0},
+    magnitude="budgeted",
+    score="random",
+    policy="threshold",
+    recycle=0.6,
+    hysteresis=0,
+)
 EVENT_STEPS = [2, 5, 8, 11, 12]
 
 
@@ -299,6 +308,11 @@ def gated_dora(tmp_path_factory):
     return run_whole(tmp_path_factory.mktemp("whole"), GATED, use_dora=True)
 
 
+@pytest.fixture(scope="module")
+def budgeted_dora(tmp_path_factory):
+    return run_whole(tmp_path_factory.mktemp("whole"), BUDGETED, use_dora=True)
+
+
 def resume(run, folder, checkpoint, *, budget=None, **changes):
     trainer, callback = make_trainer(
         "RankFlowTrainer",
@@ -312,7 +326,9 @@ def resume(run, folder, checkpoint, *, budget=None, **changes):
 
 
 @pytest.mark.parametrize("checkpoint", [1, 2, 3, 5, 9, 12, 15])
-@pytest.mark.parametrize("run", ["pruned_lora", "reallocated_dora", "gated_lora", "gated_dora"])
+@pytest.mark.parametrize(
+    "run", ["pruned_lora", "reallocated_dora", "gated_lora", "gated_dora", "budgeted_dora"]
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run, checkpoint, tmp_path, request):
     whole = request.getfixturevalue(run)
     trainer, flow = resume(whole, tmp_path, checkpoint)
@@ -320,6 +336,37 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run, checkpoint,
     expected, actual = adapter_parameters(whole.model), adapter_parameters(trainer.model)
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_budgeted_magnitudes_move_and_every_checkpoint_loads_in_stock_peft(budgeted_dora):
+    flow = budgeted_dora.flow
+    changes = [c for event in flow.history for c in event.pruned + event.born]
+    assert any(change.component is None for change in changes)
+    last = flow.history[-1]
+    assert {True, False} == set(last.magnitudes.values())
+    assert last.spent == flow.spent == recount(budgeted_dora.model) <= flow.limit
+    assert read_events(budgeted_dora.folder / "events.jsonl") == flow.history
+    folder = budgeted_dora.folder / f"checkpoint-{STEPS}"
+    stock = peft.PeftModel.from_pretrained(make_base(), folder)
+    assert (logits_of(stock) - logits_of(budgeted_dora.model)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("magnitude", ["never", "budgeted"])
+def test_a_run_whose_magnitudes_are_all_off_saves_plain_lora_and_resumes(magnitude, tmp_path):
+    budget = BudgetSpec(
+        **MOVES | {"rank": 1},
+        magnitude=magnitude,
+        policy="frozen",
+        ranks={".*": 1} | ({".*magnitude": 0} if magnitude == "budgeted" else {}),
+    )
+    whole = run_whole(tmp_path / "whole", budget, use_dora=True)
+    trainer, flow = resume(whole, tmp_path / "resumed", 5)
+    assert flow.spent == recount(trainer.model) == flow.limit
+    expected, actual = adapter_parameters(whole.model), adapter_parameters(trainer.model)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    stock = peft.PeftModel.from_pretrained(make_base(), whole.folder / "checkpoint-5")
+    assert stock.peft_config["default"].use_dora is False
+    assert not any("magnitude" in name for name, _ in stock.named_parameters())
 
 
 def test_a_resumed_run_logs_the_whole_history_once(pruned_lora, tmp_path):
@@ -399,14 +446,17 @@ def score_best_at(evaluation):
     return lambda prediction: {"score": next(scores)}
 
 
-@pytest.mark.parametrize("components", ["factors", "gated"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"components": "gated"}, {"magnitude": "budgeted"}], ids=str
+)
 @pytest.mark.parametrize(("evaluation", "step"), [(2, 9), (3, 12)])
 def test_the_best_model_is_restored_across_resizes_where_it_meets_the_budget(
-    evaluation, step, components, tmp_path, use_dora
+    evaluation, step, settings, tmp_path, use_dora
 ):
     spy = Spy()
-    moves = MOVES | {"cooldown": 1, "every": 1, "components": components}
-    budget = BudgetSpec(**moves, recycle=0.9, hysteresis=0)
+    if settings.get("magnitude") == "budgeted" and not use_dora:
+        settings = {}
+    budget = BudgetSpec(**MOVES | {"cooldown": 1, "every": 1} | settings, recycle=0.9, hysteresis=0)
     trainer, callback = make_trainer(
         "RankFlowTrainer",
         tmp_path,

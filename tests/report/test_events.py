@@ -12,7 +12,7 @@ from rankflow.report.events import EventLog, decode_event, encode_event, read_ev
 
 COUNTS = st.integers(0, 2**53)
 CHANGES = st.lists(
-    st.builds(ComponentChange, st.text(), COUNTS, st.floats(), st.text()), max_size=3
+    st.builds(ComponentChange, st.text(), COUNTS | st.none(), st.floats(), st.text()), max_size=3
 ).map(tuple)
 RANKS = st.dictionaries(st.text(), COUNTS, max_size=4)
 EVENTS = st.builds(
@@ -28,6 +28,7 @@ EVENTS = st.builds(
     pruned=CHANGES,
     born=CHANGES,
     seconds=st.floats(0, 1e6),
+    magnitudes=st.dictionaries(st.text(), st.booleans(), max_size=4),
 )
 
 
@@ -141,3 +142,10 @@ def test_a_field_of_the_wrong_type_is_named(tmp_path, event):
     (tmp_path / "events.jsonl").write_text(json.dumps(fields) + "\n")
     with pytest.raises(RankFlowError, match=r"pruned\.1\.component: Input should be a valid int"):
         read_events(tmp_path / "events.jsonl")
+
+
+def test_a_line_without_magnitudes_is_read_as_an_event_whose_budget_did_not_cover_them(event):
+    fields = json.loads(encode_event(event))
+    del fields["magnitudes"]
+    assert decode_event(json.dumps(fields).encode()) == event
+    assert event.magnitudes == {}

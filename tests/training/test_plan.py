@@ -78,6 +78,24 @@ def test_the_plan_of_gated_components_counts_their_gates(run_file):
     assert done.spent <= done.target
 
 
+@pytest.mark.parametrize("magnitude", ["never", "budgeted"])
+def test_the_plan_knows_what_becomes_of_magnitudes(magnitude, run_file):
+    always, _ = plan(run_file)
+    planned, printed = plan(run_file, f"budget.magnitude={magnitude}")
+    magnitudes = sum(site.out_features for site in planned.sites)
+    lowest, highest = always.feasible
+    assert lowest == magnitudes
+    is_budgeted = magnitude == "budgeted"
+    assert planned.feasible == (0, highest if is_budgeted else highest - magnitudes)
+    assert planned.head == always.head
+    row = next(line for line in printed.splitlines() if "attention.self.query" in line)
+    assert row.split()[-2] == (str(planned.sites[0].out_features) if is_budgeted else "0")
+    done = train(
+        load_run(run_file, [f"budget.magnitude={magnitude}"]), console=Console(file=io.StringIO())
+    )
+    assert (planned.target, planned.head) == (done.target, done.head)
+
+
 def test_planning_needs_no_weights(run_file, bert_folder):
     (Path(bert_folder) / "model.safetensors").unlink()
     planned, _ = plan(run_file)

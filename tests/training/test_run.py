@@ -115,6 +115,26 @@ def test_every_task_trains_within_its_budget_and_exports_for_stock_peft(
     assert count_live(loaded) == result.spent
 
 
+@pytest.mark.parametrize("magnitude", ["never", "budgeted"])
+def test_the_end_of_a_run_tells_what_is_trained_and_what_is_stored(
+    magnitude, run, sentiment_rows, bert_folder
+):
+    overrides = ["budget.rank=0.6", f"budget.magnitude={magnitude}"]
+    result, printed = run(
+        bert_folder, "sequence-classification", sentiment_rows, model_keys='pooling = "mean"',
+        overrides=overrides,
+    )  # fmt: skip
+    base = AutoModelForTokenClassification.from_pretrained(bert_folder, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, result.adapter)
+    stored = sum(p.numel() for n, p in loaded.named_parameters() if ".lora_" in n)
+    assert result.stored == stored
+    assert (result.stored > result.spent) is (magnitude == "budgeted")
+    told = f"{stored:,} parameters and {result.spent:,} are trained" in " ".join(printed.split())
+    assert told is (magnitude == "budgeted")
+    metrics = json.loads((result.folder / "metrics.json").read_text())
+    assert (metrics["spent"], metrics["stored"]) == (result.spent, stored)
+
+
 def count_live(model):
     """Count adapter parameters, without the zeros that stand for a site of rank 0."""
     parameters = dict(model.named_parameters())
