@@ -17,7 +17,7 @@ import rankflow
 from rankflow import surgery
 from rankflow.adapters import row_norms
 from rankflow.adapters.dead import DeadVariant
-from rankflow.adapters.dora import accelerate_dora
+from rankflow.adapters.dora import accelerate_dora, accelerate_site, norms_of
 from rankflow.adapters.row_norms import row_norms_of_sum
 from rankflow.adapters.sites import find_sites
 from rankflow.engine import RankFlow
@@ -1001,6 +1001,43 @@ def test_one_norm_serves_all_micro_batches_of_a_step(dora_llama, norms_taken):
         optimizer.zero_grad()
 
 
+def test_accelerating_a_site_again_keeps_its_norms(layer_case, dora_model, norms_taken):
+    model = dora_model(layer_case)
+    (site,) = find_sites(model)
+    x = to(torch.float64, layer_case.inputs())
+    seen = []
+    for _ in range(3):
+        accelerate_site(site.layer, "default")
+        model(x)
+        seen += variants(model)
+    assert len(norms_taken) == 1
+    assert seen[0] is seen[1] is seen[2]
+    accelerate_dora(model)  # forgets
+    model(x)
+    assert len(norms_taken) == 2
+
+
+def test_norms_of_a_site_are_those_that_the_forward_has_taken(layer_case, dora_model, norms_taken):
+    model, stock = ours_and_pefts(dora_model(layer_case))
+    (site,), (plain,) = find_sites(model), find_sites(stock)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
+    for steps in (1, 2):
+        outcome(model, to(torch.float64, layer_case.inputs()))
+        assert gap(norms_of(site.layer, "default"), dense_norms(model)) <= EXACT
+        assert len(norms_taken) == steps
+        optimizer.step()
+    assert gap(norms_of(site.layer, "default"), dense_norms(model)) <= EXACT
+    assert gap(norms_of(plain.layer, "default"), dense_norms(stock)) <= EXACT
+
+
+def test_norms_of_a_dead_site_are_those_of_its_weight(layer_case, dora_model):
+    model, stock = ours_and_pefts(dora_model(layer_case))
+    for each in (model, stock):
+        surgery.resize(find_sites(each), plan([], 0), None, seed())
+        (site,) = find_sites(each)
+        assert gap(norms_of(site.layer, "default"), dense_norms(each)) <= EXACT
+
+
 def test_one_norm_serves_a_whole_evaluation(dora_llama, norms_taken):
     model, tokens = dora_llama
     accelerate_dora(model.eval())
@@ -1145,6 +1182,49 @@ def test_backward_keeps_the_input_an_output_and_the_branch(layer_cases, host, ad
         model(x)
     vectors = 6 * 80
     assert sum(kept.values()) <= 500 * (96 + 80 + 4) + vectors
+
+
+def saved_by(model, x):
+    """What a forward keeps for backward."""
+    kept = []
+
+    def note(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(x)
+    return kept
+
+
+@pytest.mark.parametrize("kind", ["linear", "Conv1D of transformers"])
+def test_an_input_in_low_precision_is_kept_without_a_copy(kind, layer_cases, host, adapt):
+    model = adapt(host(layer_cases[kind]).bfloat16(), use_dora=True)
+    model, stock = ours_and_pefts(model)
+    x = layer_cases[kind].inputs().bfloat16().requires_grad_()
+    place = x.untyped_storage().data_ptr()
+    for each in (model, stock):
+        kept = [tensor.untyped_storage().data_ptr() for tensor in saved_by(each, x)]
+        assert (place in kept) == (each is model)
+
+
+@pytest.mark.parametrize("neighbour", ["LoRA", "DoRA of PEFT"])
+def test_an_input_is_converted_for_a_neighbour_that_needs_it(neighbour, layer_cases, host, adapt):
+    model = adapt(host(layer_cases["linear"]).bfloat16(), use_dora=True)
+    accelerate_dora(model)
+    adapt(None, onto=model, adapter="later", r=2, use_dora=neighbour != "LoRA")
+    x = layer_cases["linear"].inputs().bfloat16()
+    for active in (["later"], ["later", "default"], ["default", "later"], ["default"]):
+        model.base_model.set_adapter(active)
+        assert model(x).dtype == torch.bfloat16
+
+
+def test_the_magnitude_of_many_tokens_keeps_its_digits(layer_cases, host, adapt):
+    model, stock = ours_and_pefts(adapt(host(layer_cases["linear"]), use_dora=True))
+    x = torch.randn(20_000, 6)
+    mine, exact = outcome(model, x), outcome(stock.double(), x.double())
+    (name,) = [n for n in mine if "magnitude" in n]
+    assert gap(mine[name], exact[name]) <= SINGLE
 
 
 # Quantised bases
