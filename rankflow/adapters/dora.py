@@ -19,10 +19,8 @@ Dropout acts on the low-rank branch alone. PEFT also drops the input of ``(c - 1
 a second product with W; the expectation is the same.
 """
 
-from functools import partial
-from typing import Any, overload
+from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
@@ -85,8 +83,9 @@ def accelerate_site(layer: LoraLayer, adapter_name: str) -> None:
         current.revived = _fast(current.revived)
     else:
         variants[adapter_name] = _fast(current)
-    if isinstance(_fast_variant(layer, adapter_name), FastLinear):
-        layer._cast_input_dtype = partial(_cast_where_needed, layer)
+    is_linear = isinstance(_fast_variant(layer, adapter_name), FastLinear)
+    if is_linear and layer.cast_input_dtype_enabled is True:
+        layer.cast_input_dtype_enabled = _CastForNeighbours(layer)
 
 
 def norms_of(layer: LoraLayer, adapter_name: str) -> Tensor:
@@ -222,22 +221,17 @@ def _factors(layer: LoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
-@overload
-def _cast_where_needed(layer: LoraLayer, x: None, dtype: torch.dtype) -> None: ...
+class _CastForNeighbours:
+    """Tells PEFT whether to convert a layer's input to the adapters' type.
 
-
-@overload
-def _cast_where_needed(layer: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor: ...
-
-
-def _cast_where_needed(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Stand in for PEFT's conversion of an input to the adapter's type.
-
-    The fast forward computes in the base layer's type and wants no copy; a neighbour does.
+    The fast forward computes in the base layer's type and wants no copy; a neighbour does. It looks
+    at each call, for adapters come and go, and holds no reference to the layer, whose memory would
+    otherwise wait for the garbage collector.
     """
-    variants = [
-        layer.lora_variant.get(name) for name in layer.active_adapters if name in layer.lora_A
-    ]
-    if all(isinstance(variant, (FastLinear, DeadVariant)) for variant in variants):
-        return x
-    return type(layer)._cast_input_dtype(layer, x, dtype)
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self._adapters, self._variants = layer.lora_A, layer.lora_variant
+
+    def __bool__(self) -> bool:
+        variants = [self._variants.get(name) for name in self._adapters]
+        return not all(isinstance(variant, (FastLinear, DeadVariant)) for variant in variants)

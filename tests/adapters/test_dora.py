@@ -1,7 +1,9 @@
 import contextlib
 import copy
+import gc
 import io
 import itertools
+import weakref
 
 import numpy as np
 import peft
@@ -9,6 +11,7 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -1208,6 +1211,37 @@ def test_an_input_in_low_precision_is_kept_without_a_copy(kind, layer_cases, hos
         assert (place in kept) == (each is model)
 
 
+def test_a_layer_is_freed_with_its_last_reference(layer_case, dora_model):
+    model = dora_model(layer_case)
+    accelerate_dora(model)
+    model(to(torch.float64, layer_case.inputs()))
+    (site,) = find_sites(model)
+    layer = weakref.ref(site.layer)
+    gc.disable()
+    try:
+        del model, site
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_pefts_switch_of_input_conversion_goes_on_working(enabled, layer_cases, host, adapt):
+    model = adapt(host(layer_cases["linear"]).bfloat16(), use_dora=True)
+    accelerate_dora(model)
+    adapt(None, onto=model, adapter="later", r=2)
+    model.base_model.set_adapter("later")
+    x = layer_cases["linear"].inputs().bfloat16()
+    model(x)
+    with peft.helpers.disable_input_dtype_casting(model, active=not enabled):
+        if enabled:
+            model(x)
+        else:
+            with pytest.raises(RuntimeError, match="dtype"):
+                model(x)
+    model(x)
+
+
 @pytest.mark.parametrize("neighbour", ["LoRA", "DoRA of PEFT"])
 def test_an_input_is_converted_for_a_neighbour_that_needs_it(neighbour, layer_cases, host, adapt):
     model = adapt(host(layer_cases["linear"]).bfloat16(), use_dora=True)
@@ -1309,6 +1343,35 @@ def test_the_forward_compiles_without_a_break(kind, dropout, layer_cases, dora_m
         optimizer.step()
         with_tensor("B", write_in_place)(each)
     assert agree(outcome(compiled, x), _prefixed(outcome(plain.layer, x)))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["linear", "linear without bias"])
+def test_a_change_of_rank_compiles_nothing_anew(kind, layer_cases, dora_model):
+    if not torch._dynamo.is_dynamo_supported():
+        pytest.skip("torch.compile does not support this platform")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, stock = ours_and_pefts(dora_model(layer_cases[kind]))
+    (site,), (plain,) = find_sites(model), find_sites(stock)
+    compiled = torch.compile(site.layer, fullgraph=True, backend=counter)
+    x = layer_cases[kind].inputs().double()
+    dynamic = {
+        "force_parameter_static_shapes": False,
+        "force_nn_module_property_static_shapes": False,
+    }
+    with torch._dynamo.config.patch(dynamic):
+        for rank in (4, 7, 2, 5):
+            for each in (site, plain):
+                generator = seed()
+                A = torch.randn(rank, site.in_features, generator=generator).double()
+                B = torch.randn(site.out_features, rank, generator=generator).double()
+                each.install(nn.Parameter(A), nn.Parameter(B))
+            torch._dynamo.mark_dynamic(site.A, 0)
+            torch._dynamo.mark_dynamic(site.B, 1)
+            assert agree(outcome(compiled, x), _prefixed(outcome(plain.layer, x)))
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 
