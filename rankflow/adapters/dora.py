@@ -19,10 +19,8 @@ Dropout acts on the low-rank branch alone. PEFT also drops the input of ``(c - 1
 a second product with W; the expectation is the same.
 """
 
-from functools import partial
-from typing import Any, overload
+from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
@@ -84,8 +82,8 @@ def accelerate_site(site: Site) -> None:
     fast = _fast(variant)
     if fast is not variant:
         site.dora_variant = fast
-    if isinstance(fast, FastLinear):
-        site.layer._cast_input_dtype = partial(_cast_where_needed, site.layer)
+    if isinstance(fast, FastLinear) and site.layer.cast_input_dtype_enabled is True:
+        site.layer.cast_input_dtype_enabled = _CastForNeighbours(site.layer)
 
 
 def norms_of(site: Site) -> Tensor:
@@ -203,23 +201,18 @@ def _fast(variant: Any) -> Any:
     return _FAST[type(variant)]() if type(variant) in _FAST else variant
 
 
-@overload
-def _cast_where_needed(layer: LoraLayer, x: None, dtype: torch.dtype) -> None: ...
+class _CastForNeighbours:
+    """Tells PEFT whether to convert a layer's input to the adapters' type.
 
-
-@overload
-def _cast_where_needed(layer: LoraLayer, x: Tensor, dtype: torch.dtype) -> Tensor: ...
-
-
-def _cast_where_needed(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Stand in for PEFT's conversion of an input to the adapter's type.
-
-    The fast forward computes in the base layer's type and wants no copy; a neighbour does.
+    The fast forward computes in the base layer's type and wants no copy; a neighbour does. It looks
+    at each call, for adapters come and go, and holds no reference to the layer, whose memory would
+    otherwise wait for the garbage collector.
     """
-    variants = [
-        layer.lora_variant.get(name) for name in layer.active_adapters if name in layer.lora_A
-    ]
-    inner = [v.inner if isinstance(v, GatedVariant) else v for v in variants]
-    if all(isinstance(variant, (FastLinear, DeadVariant)) for variant in inner):
-        return x
-    return type(layer)._cast_input_dtype(layer, x, dtype)
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self._adapters, self._variants = layer.lora_A, layer.lora_variant
+
+    def __bool__(self) -> bool:
+        variants = [self._variants.get(name) for name in self._adapters]
+        inner = [v.inner if isinstance(v, GatedVariant) else v for v in variants]
+        return not all(isinstance(variant, (FastLinear, DeadVariant)) for variant in inner)

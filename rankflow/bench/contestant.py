@@ -1,6 +1,7 @@
 """One adapter on one model, trained and run step by step."""
 
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
@@ -78,10 +79,12 @@ def _adapt(model: nn.Module, targets: str | list[str], case: Case, method: Metho
         target_modules=targets,
         use_dora=method is not Method.LORA,
     )
-    adapted = get_peft_model(model, config)
-    if case.checkpointing:
-        adapted.enable_input_require_grads()
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    with warnings.catch_warnings():  # transformers 5.23 renamed it, and PEFT uses the old name too
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        adapted = get_peft_model(model, config)
+        if case.checkpointing:
+            adapted.enable_input_require_grads()
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
     if method is Method.OURS:
         accelerate_dora(adapted)
     return adapted

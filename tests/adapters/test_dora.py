@@ -1,7 +1,9 @@
 import contextlib
 import copy
+import gc
 import io
 import itertools
+import weakref
 
 import numpy as np
 import peft
@@ -9,6 +11,7 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +20,7 @@ import rankflow
 from rankflow import surgery
 from rankflow.adapters import row_norms
 from rankflow.adapters.dead import DeadVariant
-from rankflow.adapters.dora import accelerate_dora
+from rankflow.adapters.dora import accelerate_dora, accelerate_site, norms_of
 from rankflow.adapters.newborns import orthogonal
 from rankflow.adapters.row_norms import row_norms_of_sum
 from rankflow.adapters.sites import find_sites
@@ -1002,6 +1005,43 @@ def test_one_norm_serves_all_micro_batches_of_a_step(dora_llama, norms_taken):
         optimizer.zero_grad()
 
 
+def test_accelerating_a_site_again_keeps_its_norms(layer_case, dora_model, norms_taken):
+    model = dora_model(layer_case)
+    (site,) = find_sites(model)
+    x = to(torch.float64, layer_case.inputs())
+    seen = []
+    for _ in range(3):
+        accelerate_site(site)
+        model(x)
+        seen += variants(model)
+    assert len(norms_taken) == 1
+    assert seen[0] is seen[1] is seen[2]
+    accelerate_dora(model)  # forgets
+    model(x)
+    assert len(norms_taken) == 2
+
+
+def test_norms_of_a_site_are_those_that_the_forward_has_taken(layer_case, dora_model, norms_taken):
+    model, stock = ours_and_pefts(dora_model(layer_case))
+    (site,), (plain,) = find_sites(model), find_sites(stock)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
+    for steps in (1, 2):
+        outcome(model, to(torch.float64, layer_case.inputs()))
+        assert gap(norms_of(site), dense_norms(model)) <= EXACT
+        assert len(norms_taken) == steps
+        optimizer.step()
+    assert gap(norms_of(site), dense_norms(model)) <= EXACT
+    assert gap(norms_of(plain), dense_norms(stock)) <= EXACT
+
+
+def test_norms_of_a_dead_site_are_those_of_its_weight(layer_case, dora_model):
+    model, stock = ours_and_pefts(dora_model(layer_case))
+    for each in (model, stock):
+        surgery.resize(find_sites(each), plan([], 0), None, seed())
+        (site,) = find_sites(each)
+        assert gap(norms_of(site), dense_norms(each)) <= EXACT
+
+
 def test_one_norm_serves_a_whole_evaluation(dora_llama, norms_taken):
     model, tokens = dora_llama
     accelerate_dora(model.eval())
@@ -1148,6 +1188,80 @@ def test_backward_keeps_the_input_an_output_and_the_branch(layer_cases, host, ad
     assert sum(kept.values()) <= 500 * (96 + 80 + 4) + vectors
 
 
+def saved_by(model, x):
+    """What a forward keeps for backward."""
+    kept = []
+
+    def note(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(x)
+    return kept
+
+
+@pytest.mark.parametrize("kind", ["linear", "Conv1D of transformers"])
+def test_an_input_in_low_precision_is_kept_without_a_copy(kind, layer_cases, host, adapt):
+    model = adapt(host(layer_cases[kind]).bfloat16(), use_dora=True)
+    model, stock = ours_and_pefts(model)
+    x = layer_cases[kind].inputs().bfloat16().requires_grad_()
+    place = x.untyped_storage().data_ptr()
+    for each in (model, stock):
+        kept = [tensor.untyped_storage().data_ptr() for tensor in saved_by(each, x)]
+        assert (place in kept) == (each is model)
+
+
+def test_a_layer_is_freed_with_its_last_reference(layer_case, dora_model):
+    model = dora_model(layer_case)
+    accelerate_dora(model)
+    model(to(torch.float64, layer_case.inputs()))
+    (site,) = find_sites(model)
+    layer = weakref.ref(site.layer)
+    gc.disable()
+    try:
+        del model, site
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_pefts_switch_of_input_conversion_goes_on_working(enabled, layer_cases, host, adapt):
+    model = adapt(host(layer_cases["linear"]).bfloat16(), use_dora=True)
+    accelerate_dora(model)
+    adapt(None, onto=model, adapter="later", r=2)
+    model.base_model.set_adapter("later")
+    x = layer_cases["linear"].inputs().bfloat16()
+    model(x)
+    with peft.helpers.disable_input_dtype_casting(model, active=not enabled):
+        if enabled:
+            model(x)
+        else:
+            with pytest.raises(RuntimeError, match="dtype"):
+                model(x)
+    model(x)
+
+
+@pytest.mark.parametrize("neighbour", ["LoRA", "DoRA of PEFT"])
+def test_an_input_is_converted_for_a_neighbour_that_needs_it(neighbour, layer_cases, host, adapt):
+    model = adapt(host(layer_cases["linear"]).bfloat16(), use_dora=True)
+    accelerate_dora(model)
+    adapt(None, onto=model, adapter="later", r=2, use_dora=neighbour != "LoRA")
+    x = layer_cases["linear"].inputs().bfloat16()
+    for active in (["later"], ["later", "default"], ["default", "later"], ["default"]):
+        model.base_model.set_adapter(active)
+        assert model(x).dtype == torch.bfloat16
+
+
+def test_the_magnitude_of_many_tokens_keeps_its_digits(layer_cases, host, adapt):
+    model, stock = ours_and_pefts(adapt(host(layer_cases["linear"]), use_dora=True))
+    x = torch.randn(20_000, 6)
+    mine, exact = outcome(model, x), outcome(stock.double(), x.double())
+    (name,) = [n for n in mine if "magnitude" in n]
+    assert gap(mine[name], exact[name]) <= SINGLE
+
+
 # Quantised bases
 
 
@@ -1230,6 +1344,35 @@ def test_the_forward_compiles_without_a_break(kind, dropout, layer_cases, dora_m
         optimizer.step()
         with_tensor("B", write_in_place)(each)
     assert agree(outcome(compiled, x), _prefixed(outcome(plain.layer, x)))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["linear", "linear without bias"])
+def test_a_change_of_rank_compiles_nothing_anew(kind, layer_cases, dora_model):
+    if not torch._dynamo.is_dynamo_supported():
+        pytest.skip("torch.compile does not support this platform")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, stock = ours_and_pefts(dora_model(layer_cases[kind]))
+    (site,), (plain,) = find_sites(model), find_sites(stock)
+    compiled = torch.compile(site.layer, fullgraph=True, backend=counter)
+    x = layer_cases[kind].inputs().double()
+    dynamic = {
+        "force_parameter_static_shapes": False,
+        "force_nn_module_property_static_shapes": False,
+    }
+    with torch._dynamo.config.patch(dynamic):
+        for rank in (4, 7, 2, 5):
+            for each in (site, plain):
+                generator = seed()
+                A = torch.randn(rank, site.in_features, generator=generator).double()
+                B = torch.randn(site.out_features, rank, generator=generator).double()
+                each.install(nn.Parameter(A), nn.Parameter(B))
+            torch._dynamo.mark_dynamic(site.A, 0)
+            torch._dynamo.mark_dynamic(site.B, 1)
+            assert agree(outcome(compiled, x), _prefixed(outcome(plain.layer, x)))
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 
