@@ -79,9 +79,9 @@ class RankFlow:
     At construction the sites are resized evenly to the start budget, in place, so an optimizer may
     be made before or after, as long as it has not stepped. The model stays a stock ``PeftModel``.
 
-    A budget of gated components puts gates on the adapter, which must be new, and draws its factors
-    afresh; an optimizer made before needs ``attach`` before its first step then. The scale stays
-    PEFT's ``alpha / r``, whatever the ranks.
+    A budget of gated or VeRA components puts gates on the adapter, which must be new, and draws its
+    factors afresh; an optimizer made before needs ``attach`` before its first step then. The scale
+    stays PEFT's ``alpha / r``, whatever the ranks.
 
     Args:
         model: A ``peft.PeftModel`` with a LoRA or DoRA adapter.

@@ -248,6 +248,23 @@ def test_vera_s_sites_hold_different_components_of_the_same_matrices_after_birth
     assert len(chosen) > 1
 
 
+@pytest.mark.parametrize("name", ["prune", "vera"])
+def test_a_pruned_site_keeps_the_scale_of_its_rows(name):
+    _, flow, optimizer = start(name, use_dora=True)
+    train(flow.model, flow, optimizer, 0, 3)
+
+    def factors():
+        for site in flow._sites[1:]:
+            V = site.layer.get_base_layer().weight + site.scale * site.effective_B @ site.A
+            yield (site.magnitude / V.norm(dim=1)).detach()
+
+    before = list(factors())
+    keep = tuple(np.array([0]) for _ in flow._sites)
+    resize(flow._sites, RankPlan(keep, np.zeros(4, np.int64)), optimizer, newborns())
+    for old, new in zip(before, factors(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-5, atol=0)
+
+
 def test_vera_of_a_fixed_rank_trains_like_pefts():
     def run(model, optimizer, after_step):
         for step in range(12):

@@ -128,6 +128,16 @@ def test_every_kind_of_layer_can_host_it(layer_case, host, adapt, use_dora):
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_changed_vector_changes_the_norm(vera, x):
+    model, sites = vera
+    model(x)
+    with torch.no_grad():
+        for site in sites:
+            site.row_gate.mul_(1.5)
+    leaves = [tuple(p.detach() for p in site.trained) for site in sites]
+    torch.testing.assert_close(model(x), dense_output(model, sites, x, leaves), rtol=1e-11, atol=0)
+
+
 def test_a_site_trains_its_vectors_alone_and_counts_them(vera, use_dora):
     model, sites = vera
     for site in sites:

@@ -21,6 +21,14 @@ MOVES = {"rank": 1.5, "warmup": 2, "cooldown": 4, "every": 3, "decay": 0.5, "pro
 PRUNE = BudgetSpec(**MOVES, start=2, schedule="linear", recycle=0.2, hysteresis=0.1)
 REALLOCATE = BudgetSpec(**MOVES, recycle=0.5, hysteresis=0.1)
 GATED = BudgetSpec(**MOVES, recycle=0.5, hysteresis=0.1, components="gated", dem=0.5)
+VERA = BudgetSpec(
+    **{key: value for key, value in MOVES.items() if key != "rank"},
+    params=420,
+    max_rank=6,
+    recycle=0.9,
+    hysteresis=0.0,
+    components="vera",
+)
 EVENT_STEPS = [2, 5, 8, 11, 12]
 
 
@@ -299,6 +307,11 @@ def gated_dora(tmp_path_factory):
     return run_whole(tmp_path_factory.mktemp("whole"), GATED, use_dora=True)
 
 
+@pytest.fixture(scope="module")
+def moving_dvora(tmp_path_factory):
+    return run_whole(tmp_path_factory.mktemp("whole"), VERA, use_dora=True)
+
+
 def resume(run, folder, checkpoint, *, budget=None, **changes):
     trainer, callback = make_trainer(
         "RankFlowTrainer",
@@ -312,7 +325,9 @@ def resume(run, folder, checkpoint, *, budget=None, **changes):
 
 
 @pytest.mark.parametrize("checkpoint", [1, 2, 3, 5, 9, 12, 15])
-@pytest.mark.parametrize("run", ["pruned_lora", "reallocated_dora", "gated_lora", "gated_dora"])
+@pytest.mark.parametrize(
+    "run", ["pruned_lora", "reallocated_dora", "gated_lora", "gated_dora", "moving_dvora"]
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run, checkpoint, tmp_path, request):
     whole = request.getfixturevalue(run)
     trainer, flow = resume(whole, tmp_path, checkpoint)
