@@ -1,11 +1,11 @@
 """From a budget spec and the sites of a model to numbers: parameters, steps and start ranks."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rankflow.allocation.policies import Policy, feasible_range, make_policy
+from rankflow.allocation.policies import Policy, feasible_range, make_policy, uniform
 from rankflow.allocation.pools import magnitudes_at, with_pools
 from rankflow.allocation.scheduler import Scheduler
 from rankflow.allocation.schedules import make_schedule
@@ -76,10 +76,12 @@ def resolve_budget(
         _check_range(name, pools, limit)
     scheduler = _make_scheduler(spec, sites, pools, start, target, total_steps)
     is_static = spec.schedule == "constant" and spec.policy in _BLIND
-    policy = scheduler.policy if spec.policy in _BLIND else make_policy("uniform")
     if spec.policy == "frozen":  # it must also fit the least budget of the run
-        _start_ranks(policy, pools, min(start, target))
-    start_ranks = _start_ranks(policy, pools, start)
+        _start_ranks(scheduler.policy, pools, min(start, target))
+    if spec.policy in _BLIND:
+        start_ranks = _start_ranks(scheduler.policy, pools, start)
+    else:
+        start_ranks = _start_ranks(uniform, _with_all_magnitudes(sites, pools, start), start)
     return ResolvedBudget(
         sites=tuple(sites),
         target=target,
@@ -89,6 +91,14 @@ def resolve_budget(
         scheduler=scheduler,
         is_static=is_static,
     )
+
+
+def _with_all_magnitudes(
+    sites: Sequence[SiteInfo], pools: Sequence[SiteInfo], start: int
+) -> Sequence[SiteInfo]:
+    """Hold all magnitudes on, as DoRA does, if the start budget allows it."""
+    held = [*sites, *(replace(pool, min_rank=1) for pool in pools[len(sites) :])]
+    return held if feasible_range(held)[0] <= start else pools
 
 
 def _target_parameters(

@@ -32,7 +32,7 @@ from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.adapters.vera import draw_matrices, share_matrices, start_vectors
-from rankflow.allocation.demand import estimate_demand
+from rankflow.allocation.demand import estimate_demand, price_unseen
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.budgeting import resolve_budget
 from rankflow.errors import (
@@ -444,11 +444,12 @@ class RankFlow:
     def _survey(self) -> ComponentTable:
         """Bring what is known to the host: the one copy of an event."""
         ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
-        read = torch.cat([scorer.read() for scorer in self._scorers.values()])
-        values = read.to("cpu", torch.float64).numpy()
-        scores, magnitude_scores = np.split(values, [ranks.sum()])
+        read = [scorer.read() for scorer in self._scorers.values()]
+        values = torch.cat([self._sketch.energy(), *read]).to("cpu", torch.float64).numpy()
+        energy, scores, magnitude_scores = np.split(values, np.cumsum([len(ranks), ranks.sum()]))
         mature = self._ages >= self.budget.protect
         demand = estimate_demand(ranks, scores, mature, self._demand)
+        demand = price_unseen(demand, ranks, energy)
         magnitudes = None
         if len(magnitude_scores) > 0:
             on = self._magnitudes_on()
@@ -479,8 +480,6 @@ class RankFlow:
     def _open_sketch(self) -> None:
         """Sketch gradients from the next step on if an event with possible births is near."""
         if self.budget.grow != "gradient" or self.resolved.is_static or self._sketch.is_open:
-            return
-        if self._sites[0].gate is not None:  # both factors of a gated newborn are drawn
             return
         scheduler = self.resolved.scheduler
         ahead = range(self._steps + 1, self._steps + self.budget.grow_steps + 1)

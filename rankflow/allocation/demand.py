@@ -38,3 +38,29 @@ def estimate_demand(
     young = np.bincount(site_index[~mature], minlength=len(ranks)) > 0
     promise = np.where(ranks == 0, remembered, weakest)
     return np.where(young, 0.0, promise)
+
+
+def price_unseen(demand: FloatArray, ranks: IntArray, energy: FloatArray) -> FloatArray:
+    """Let the gradient speak for dead sites of which nothing is remembered.
+
+    A site that starts without components is never judged by one. Its gradient tells what the first
+    one could do: it promises as much per unit of gradient as the median of the sites that were
+    judged.
+
+    Args:
+        demand: Estimated score of one more component, shape ``(S,)``; 0 where nothing is known.
+        ranks: Live components of each site, shape ``(S,)``.
+        energy: Largest singular value of the gradient of each site's weight, shape ``(S,)``; 0
+            where it was not measured.
+
+    Returns:
+        Estimated scores, shape ``(S,)``.
+
+    >>> price_unseen(np.array([4.0, 1.0, 0.0]), np.array([2, 1, 0]), np.array([2.0, 1.0, 3.0]))
+    array([4. , 1. , 4.5])
+    """
+    judged = (demand > 0) & (energy > 0)
+    if not judged.any():
+        return demand
+    price = np.median(demand[judged] / energy[judged])
+    return np.where((ranks == 0) & (demand == 0), price * energy, demand)

@@ -109,7 +109,8 @@ class BudgetSpec(Spec):
             site spans, at random orthogonal to it, or at random as PEFT initialises.
         grow_steps: Steps before an event over which that gradient is averaged.
         min_rank: Smallest rank of every site.
-        max_rank: Largest rank of every site; None for the smaller side of its matrix.
+        max_rank: Largest rank of every site; None for the smaller side of its matrix. VeRA's random
+            matrices have as many rows as the largest, so set it there.
         bounds: Other bounds for some sites, by pattern.
         ranks: The ranks of the ``frozen`` policy, by pattern. A budgeted magnitude is on, unless a
             pattern such as ``q_proj.magnitude`` gives it 0.
