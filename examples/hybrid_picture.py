@@ -1,6 +1,6 @@
 """Draw what each method makes of the planted problem: ranks, and dots for trained magnitudes.
 
-    python examples/hybrid_picture.py hybrid.png
+python examples/hybrid_picture.py hybrid.png
 """
 
 import sys

@@ -26,11 +26,12 @@ from torch.optim import Optimizer
 from rankflow import dem, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dora import accelerate_site
-from rankflow.adapters.gating import add_gates, check_untrained, start_gates
+from rankflow.adapters.gating import check_untrained, convert, start_gates
 from rankflow.adapters.newborns import Newborns, along, kaiming, orthogonal
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
+from rankflow.adapters.vera import draw_matrices, share_matrices, start_vectors
 from rankflow.allocation.demand import estimate_demand, price_unseen
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.budgeting import resolve_budget
@@ -78,9 +79,9 @@ class RankFlow:
     At construction the sites are resized evenly to the start budget, in place, so an optimizer may
     be made before or after, as long as it has not stepped. The model stays a stock ``PeftModel``.
 
-    A budget of gated components puts gates on the adapter, which must be new, and draws its factors
-    afresh; an optimizer made before needs ``attach`` before its first step then. The scale stays
-    PEFT's ``alpha / r``, whatever the ranks.
+    A budget of gated or VeRA components puts gates on the adapter, which must be new, and draws its
+    factors afresh; an optimizer made before needs ``attach`` before its first step then. The scale
+    stays PEFT's ``alpha / r``, whatever the ranks.
 
     Args:
         model: A ``peft.PeftModel`` with a LoRA or DoRA adapter.
@@ -117,11 +118,11 @@ class RankFlow:
         self.sinks = list(sinks)
         self._sites = find_sites(model, adapter_name)
         check_trainable(model, adapter_name, self._sites)
-        starts_gates = budget.components == "gated" and self._sites[0].gate is None
-        if starts_gates:
-            if resume is None:
-                check_untrained(self._sites)
-            add_gates(self._sites)
+        is_new = self._sites[0].gate is None
+        if is_new and budget.components != "factors" and resume is None:
+            check_untrained(self._sites)
+        if is_new:
+            convert(self._sites, budget.components)
         self.resolved = resolve_budget(
             budget,
             [
@@ -132,6 +133,9 @@ class RankFlow:
             base_parameters=count_base_parameters(model),
             bytes_per_parameter=self._sites[0].A.element_size(),
         )
+        if budget.components == "vera":
+            largest = max(info.max_rank for info in self.resolved.sites)
+            share_matrices(self._sites, draw_matrices(self._sites, largest, budget.seed))
         for site in self._sites:
             translate_state_dicts(site.layer, adapter_name)
             if accelerate and site.magnitude_slot is not None:
@@ -147,8 +151,8 @@ class RankFlow:
         self._sketch = GradientSketch(self._sites, width=_SKETCH_WIDTH, seed=budget.seed)
         if resume is None:
             self._resize_in_place(self.resolved.start_ranks, self.resolved.start_magnitudes)
-            if starts_gates:
-                start_gates(self._sites, self._newborns(0).generator)
+            if is_new:
+                self._draw_components()
             self._open_sketch()
         else:
             self.load_state_dict(resume)
@@ -280,7 +284,7 @@ class RankFlow:
             surgery.adopt_gate(site, inner)
         held = {id(p) for group in inner.param_groups for p in group["params"]}
         for site in self._sites:
-            if not {id(factor) for factor, _ in site.factors} <= held:
+            if not {id(parameter) for parameter in site.trained} <= held:
                 raise SurgeryError(
                     f"the optimizer does not train the adapter of site {site.name!r}; build it "
                     "from the model's trainable parameters, and pass flow.step() that optimizer"
@@ -407,6 +411,13 @@ class RankFlow:
         self._gradients.watch(self._sites)
         self._optimizer = None
 
+    def _draw_components(self) -> None:
+        """Draw what components of that kind start from, at the ranks that the sites have now."""
+        if self.budget.components == "gated":
+            start_gates(self._sites, self._newborns(0).generator)
+        elif self.budget.components == "vera":
+            start_vectors(self._sites)
+
     def _reallocate(self, step: int) -> RankEvent:
         began = time.perf_counter()
         scheduler, index = self.resolved.scheduler, len(self.history)
@@ -481,12 +492,13 @@ class RankFlow:
             self._sketch.open(self._sites, event=len(self.history))
 
     def _gated_factors(self) -> dict[str, Tensor]:
-        """Return B and the gate of every gated site by name; the tensors are the live ones."""
+        """Return B and the gates of every gated site by name; the tensors are the live ones."""
         return {
             f"{site.name}.{name}": factor.detach()
             for site in self._sites
             if site.gate is not None
-            for name, factor in (("B", site.B), ("gate", site.gate))
+            for name, factor in (("B", site.B), ("gate", site.gate), ("row_gate", site.row_gate))
+            if factor is not None
         }
 
     def _newborns(self, index: int) -> Newborns:

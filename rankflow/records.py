@@ -35,6 +35,7 @@ class SiteInfo:
         max_rank: Largest rank that the budget spec and the matrix allow here.
         is_budgeted: Whether the budget may take and give the magnitude; else it is always there.
         has_gate: Whether each component trains a gate, a factor of its own.
+        has_row_gate: Whether gates of components and of output rows are all that it trains (VeRA).
     """
 
     name: str
@@ -46,6 +47,7 @@ class SiteInfo:
     max_rank: int
     is_budgeted: bool = False
     has_gate: bool = False
+    has_row_gate: bool = False
 
     @property
     def plain_cost(self) -> int:
@@ -55,12 +57,13 @@ class SiteInfo:
     @property
     def component_cost(self) -> int:
         """Trainable parameters of one component, its gate included if it has one."""
-        return self.plain_cost + self.has_gate
+        return 1 if self.has_row_gate else self.plain_cost + self.has_gate
 
     @property
     def fixed_cost(self) -> int:
-        """Trainable parameters that no plan can take: a magnitude that is always there."""
-        return self.out_features if self.has_magnitude and not self.is_budgeted else 0
+        """Trainable parameters that no plan can take: factors of rows, a fixed magnitude."""
+        vectors = self.has_row_gate + (self.has_magnitude and not self.is_budgeted)
+        return self.out_features * vectors
 
 
 @dataclass(frozen=True, slots=True)

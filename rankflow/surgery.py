@@ -136,9 +136,10 @@ def resize_in_place(
 
 
 def adopt_gate(site: Site, optimizer: Optimizer) -> None:
-    """Let an optimizer that was made before a site got its gate train it, in the group of B.
+    """Let an optimizer that was made before a site got its gates train them, in the group of B.
 
-    The gate comes to stand where an optimizer made afterwards has it, so that their states match.
+    They come to stand where an optimizer made afterwards has them, and factors that are frozen now
+    go, so that their states match.
 
     Args:
         site: The site; without a gate nothing happens.
@@ -158,7 +159,11 @@ def adopt_gate(site: Site, optimizer: Optimizer) -> None:
     group, _ = places[site.B]
     before = [p for p in site.named_parameters.values() if p in places and places[p][0] == group]
     last = max(places[p][1] for p in before)
-    optimizer.param_groups[group]["params"].insert(last + 1, site.gate)
+    gates = [site.gate] if site.row_gate is None else [site.gate, site.row_gate]
+    params = optimizer.param_groups[group]["params"]
+    params[last + 1 : last + 1] = gates
+    frozen = [factor for factor in (site.A, site.B) if not factor.requires_grad]
+    params[:] = [p for p in params if not any(p is factor for factor in frozen)]
 
 
 def check_state(site: Site, optimizer: Optimizer) -> None:

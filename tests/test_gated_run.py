@@ -13,6 +13,7 @@ from torch.nn import functional
 from rankflow.adapters.gating import add_gates
 from rankflow.adapters.newborns import orthogonal
 from rankflow.adapters.sites import Site, find_sites
+from rankflow.adapters.vera import draw_matrices
 from rankflow.checkpoint import load_state, save_state
 from rankflow.engine import RankFlow
 from rankflow.errors import CheckpointError, SiteError, SurgeryError
@@ -24,12 +25,25 @@ from rankflow.surgery import resize
 STEPS = 32
 TARGETS = ["embed", "first", "second", "third"]
 GATED = {"rank": 2, "components": "gated", "warmup": 4, "cooldown": 8, "every": 4, "decay": 0.5}
+OUTPUTS = 6 + 8 + 10 + 4
+VERA = {key: value for key, value in GATED.items() if key != "rank"}
+VERA |= {"components": "vera", "params": OUTPUTS + 12, "max_rank": 6}
 BUDGETS = {
     "prune": GATED | {"start": 1.75, "schedule": "cubic-late", "recycle": 0.0, "dem": 0.3},
     "reallocate": GATED | {"recycle": 0.6, "hysteresis": 0.0, "protect": 0},
     "starve": GATED | {"rank": 0.6, "start": 2.5, "schedule": "linear", "recycle": 0.4},
     "churn": GATED | {"every": 1, "recycle": 1.0, "score": "random", "hysteresis": 0, "protect": 0},
+    "vera": VERA | {"start": 1.1, "schedule": "cubic-late", "recycle": 0.0},
+    "vera that moves": VERA | {"recycle": 0.9, "hysteresis": 0.0, "protect": 0},
 }
+
+
+def budget_of(name, use_dora=False):
+    """The budget of that name; VeRA's pays for factors of rows, and of magnitudes as well."""
+    budget = dict(BUDGETS[name])
+    if budget["components"] == "vera":
+        budget["params"] += OUTPUTS * use_dora
+    return BudgetSpec(**budget)
 
 
 def newborns():
@@ -64,7 +78,7 @@ def make_optimizer(model):
 
 def start(name, **config):
     model = make_model(**config)
-    flow = RankFlow(model, BudgetSpec(**BUDGETS[name]), STEPS)
+    flow = RankFlow(model, budget_of(name, config.get("use_dora", False)), STEPS)
     return model, flow, make_optimizer(model)
 
 
@@ -86,6 +100,11 @@ def train(model, flow, optimizer, first=0, last=STEPS):
 def trained_parameters(model):
     """Every trainable tensor, gates and raw B included, in the model's order."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_tensors(model):
+    """What is trained, and the frozen factors of VeRA."""
+    return {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -212,10 +231,70 @@ def test_a_newborn_s_gate_takes_the_adam_steps_of_step_0():
         torch.testing.assert_close(site.gate[-1:], lone, rtol=1e-4, atol=1e-7)
 
 
+def test_vera_s_sites_hold_different_components_of_the_same_matrices_after_births(use_dora):
+    model, flow, optimizer = start("vera that moves", use_dora=use_dora)
+    train(model, flow, optimizer)
+    assert any(event.born for event in flow.history)
+    matrices = draw_matrices(flow._sites, 6, flow.budget.seed)
+    chosen = set()
+    for site in flow._sites:
+        rows = [
+            (matrices.A[:, : site.in_features] == a).all(1).nonzero().item()
+            for a in site.A.detach()
+        ]
+        assert len(set(rows)) == site.rank
+        assert torch.equal(site.B.detach(), matrices.B[: site.out_features, rows])
+        chosen.add(tuple(rows))
+    assert len(chosen) > 1
+
+
+@pytest.mark.parametrize("name", ["prune", "vera"])
+def test_a_pruned_site_keeps_the_scale_of_its_rows(name):
+    _, flow, optimizer = start(name, use_dora=True)
+    train(flow.model, flow, optimizer, 0, 3)
+
+    def factors():
+        for site in flow._sites[1:]:
+            V = site.layer.get_base_layer().weight + site.scale * site.effective_B @ site.A
+            yield (site.magnitude / V.norm(dim=1)).detach()
+
+    before = list(factors())
+    keep = tuple(np.array([0]) for _ in flow._sites)
+    resize(flow._sites, RankPlan(keep, np.zeros(4, np.int64)), optimizer, newborns())
+    for old, new in zip(before, factors(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-5, atol=0)
+
+
+def test_vera_of_a_fixed_rank_trains_like_pefts():
+    def run(model, optimizer, after_step):
+        for step in range(12):
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            after_step(optimizer)
+        return model(torch.arange(7))
+
+    linear = TARGETS[1:]
+    mine = make_model(r=4, lora_alpha=4, target_modules=linear)
+    budget = BudgetSpec(params=8 + 10 + 4 + 3 * 4, max_rank=4, policy="uniform", components="vera")
+    flow = RankFlow(mine, budget, 12)
+    config = peft.VeraConfig(r=4, projection_prng_key=0, target_modules=linear)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(Net(), config)
+    assert flow.spent == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    torch.testing.assert_close(
+        run(mine, make_optimizer(mine), flow.attach),
+        run(theirs, make_optimizer(theirs), lambda optimizer: None),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 # --- optimizers
 
 
-def test_an_optimizer_made_before_trains_the_gates_in_the_order_of_one_made_after(use_dora):
+@pytest.mark.parametrize("name", ["prune", "vera"])
+def test_an_optimizer_made_before_trains_the_gates_in_the_order_of_one_made_after(name, use_dora):
     model = make_model(use_dora=use_dora)
     early = torch.optim.AdamW(
         [
@@ -224,13 +303,13 @@ def test_an_optimizer_made_before_trains_the_gates_in_the_order_of_one_made_afte
         ],
         lr=0.03,
     )
-    flow = RankFlow(model, BudgetSpec(**BUDGETS["prune"]), STEPS)
+    flow = RankFlow(model, budget_of(name, use_dora), STEPS)
     flow.attach(early)
     assert [id(p) for p in early.param_groups[1]["params"]] == [
         id(p) for p in model.parameters() if p.requires_grad
     ]
     assert len(early.param_groups[0]["params"]) == 1
-    other, other_flow, late = start("prune", use_dora=use_dora)
+    other, other_flow, late = start(name, use_dora=use_dora)
     train(model, flow, early)
     train(other, other_flow, late)
     mine, theirs = trained_parameters(model), trained_parameters(other)
@@ -324,15 +403,15 @@ def test_a_killed_run_goes_on_bit_for_bit_from_stock_files(name, kill_at, use_do
     assert not any("gate" in key for key in adapter)
 
     resumed = make_model(use_dora=use_dora)
-    second = RankFlow(resumed, BudgetSpec(**BUDGETS[name]), STEPS, resume=load_state(tmp_path))
+    second = RankFlow(resumed, budget_of(name, use_dora), STEPS, resume=load_state(tmp_path))
     peft.set_peft_model_state_dict(resumed, adapter)
-    for key, value in trained_parameters(killed).items():
-        assert torch.equal(trained_parameters(resumed)[key], value), key
+    for key, value in adapter_tensors(killed).items():
+        assert torch.equal(adapter_tensors(resumed)[key], value), key
     optimizer_again = make_optimizer(resumed)
     optimizer_again.load_state_dict(moments)
     second.attach(optimizer_again)
     train(resumed, second, optimizer_again, kill_at)
-    mine, theirs = trained_parameters(resumed), trained_parameters(model)
+    mine, theirs = adapter_tensors(resumed), adapter_tensors(model)
     assert all(torch.equal(mine[key], theirs[key]) for key in mine | theirs)
 
     def untimed(history):

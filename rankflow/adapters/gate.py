@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _GATES = "lora_gate"
+_ROW_GATES = "lora_row_gate"
 
 
 def add_gate(layer: LoraLayer, adapter_name: str) -> None:
@@ -44,6 +45,29 @@ def add_gate(layer: LoraLayer, adapter_name: str) -> None:
     layer.register_load_state_dict_pre_hook(partial(_on_load, adapter_name))
 
 
+def add_row_gate(layer: LoraLayer, adapter_name: str) -> None:
+    """Put a factor of 1 on every output row of a gated adapter, which changes no output.
+
+    Args:
+        layer: The adapted layer.
+        adapter_name: The adapter; its components have gates.
+    """
+    if find_row_gate(layer, adapter_name) is not None:
+        return
+    if _ROW_GATES not in layer.adapter_layer_names:
+        layer.lora_row_gate = nn.ParameterDict()
+        layer.adapter_layer_names = (*layer.adapter_layer_names, _ROW_GATES)
+    gate = layer.lora_gate[adapter_name]
+    rows = gate.new_ones(len(_stored_B(layer, adapter_name)))
+    layer.lora_row_gate[adapter_name] = nn.Parameter(rows, gate.requires_grad)
+
+
+def find_row_gate(layer: LoraLayer, adapter_name: str) -> nn.Parameter | None:
+    """Return the factor b of each output row, shape ``(out,)``, or None if there is none."""
+    gates = getattr(layer, _ROW_GATES, None)
+    return None if gates is None or adapter_name not in gates else gates[adapter_name]
+
+
 def find_gate(layer: LoraLayer, adapter_name: str) -> nn.Parameter | None:
     """Return the gate c of a layer's adapter, shape ``(rank,)``, or None if it has none."""
     gates = getattr(layer, _GATES, None)
@@ -53,14 +77,14 @@ def find_gate(layer: LoraLayer, adapter_name: str) -> nn.Parameter | None:
 def effective_B(layer: LoraLayer, adapter_name: str) -> Tensor:  # noqa: N802
     """Return the left factor as it acts, ``B diag(c)``, in the shape of B; B itself without a gate.
 
-    Gradients flow to B and to the gate.
+    With VeRA's factors on the rows it is ``diag(b) B diag(c)``. Gradients flow to all of them.
     """
     B, gate = _stored_B(layer, adapter_name), find_gate(layer, adapter_name)
-    return B if gate is None else fold(B, gate)
+    return B if gate is None else fold(B, gate, find_row_gate(layer, adapter_name))
 
 
 def stored_factors(layer: LoraLayer, adapter_name: str) -> tuple[nn.Parameter, ...]:
-    """Return all parameters that a layer's components are made of: A, B and a gate if there is one.
+    """Return all parameters that the update is made of: A, B, and gates of columns and rows if any.
 
     The rank is axis 0 of A, axis 1 of B and axis 0 of the gate.
     """
@@ -68,12 +92,22 @@ def stored_factors(layer: LoraLayer, adapter_name: str) -> tuple[nn.Parameter, .
     is_embedding = adapter_name in layer.lora_embedding_A
     A = layer.lora_embedding_A[adapter_name] if is_embedding else layer.lora_A[adapter_name].weight
     pair = (A, _stored_B(layer, adapter_name))
-    return pair if gate is None else (*pair, gate)
+    if gate is None:
+        return pair
+    row_gate = find_row_gate(layer, adapter_name)
+    return (*pair, gate) if row_gate is None else (*pair, gate, row_gate)
 
 
-def fold(B: Tensor, gate: Tensor) -> Tensor:
-    """Multiply each column of B, shape ``(out, rank, ...)``, by its gate, shape ``(rank,)``."""
-    return B * gate.view(-1, *[1] * (B.ndim - 2))
+def fold(B: Tensor, gate: Tensor, row_gate: Tensor | None = None) -> Tensor:
+    """Multiply each column of B by its gate, and each row by its own if there is one.
+
+    Args:
+        B: Shape ``(out, rank, ...)``.
+        gate: Shape ``(rank,)``.
+        row_gate: Shape ``(out,)``, or None.
+    """
+    columns = B * gate.view(-1, *[1] * (B.ndim - 2))
+    return columns if row_gate is None else columns * row_gate.view(-1, *[1] * (B.ndim - 1))
 
 
 class GatedVariant(LoraVariant):
@@ -164,11 +198,12 @@ def _folded(layer: LoraLayer, adapter_name: str) -> Iterator[None]:
         B.data = stored
 
 
-def _keys(layer: LoraLayer, adapter_name: str, prefix: str) -> tuple[str, str]:
-    """Return the keys of B and of the gate in a state dict."""
+def _keys(layer: LoraLayer, adapter_name: str, prefix: str) -> tuple[str, str, str]:
+    """Return the keys of B and of both gates in a state dict."""
     is_embedding = adapter_name in layer.lora_embedding_B
     B = f"lora_embedding_B.{adapter_name}" if is_embedding else f"lora_B.{adapter_name}.weight"
-    return prefix + B, f"{prefix}{_GATES}.{adapter_name}"
+    gate, row_gate = (f"{prefix}{kind}.{adapter_name}" for kind in (_GATES, _ROW_GATES))
+    return prefix + B, gate, row_gate
 
 
 @torch.no_grad()
@@ -176,11 +211,11 @@ def _on_save(
     adapter_name: str, module: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
     """Put the folded B into a state dict, and take the gate out."""
-    B_key, gate_key = _keys(module, adapter_name, prefix)
-    gate = state_dict.pop(gate_key, None)
+    B_key, gate_key, row_key = _keys(module, adapter_name, prefix)
+    gate, row_gate = state_dict.pop(gate_key, None), state_dict.pop(row_key, None)
     # A dead site has no B here, or one with a component of zeros.
     if gate is not None and B_key in state_dict and state_dict[B_key].shape[1] == len(gate):
-        state_dict[B_key] = fold(state_dict[B_key], gate)
+        state_dict[B_key] = fold(state_dict[B_key], gate, row_gate)
 
 
 @torch.no_grad()
@@ -188,12 +223,15 @@ def _on_load(
     adapter_name: str, module: LoraLayer, state_dict: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
     """Split the folded B of a state dict into a B and a gate again."""
-    gate = find_gate(module, adapter_name)
-    B_key, gate_key = _keys(module, adapter_name, prefix)
+    gate, row_gate = find_gate(module, adapter_name), find_row_gate(module, adapter_name)
+    B_key, gate_key, row_key = _keys(module, adapter_name, prefix)
     if gate is None or gate_key in state_dict or (B_key not in state_dict and len(gate) > 0):
         return
     B = _stored_B(module, adapter_name)
-    is_same = len(gate) == 0 or torch.equal(state_dict[B_key].to(B.device), fold(B, gate))
+    live = fold(B, gate, row_gate)
+    is_same = len(gate) == 0 or torch.equal(state_dict[B_key].to(B.device), live)
     if is_same and len(gate) > 0:
         state_dict[B_key] = B.detach().clone()
     state_dict[gate_key] = gate.detach().clone() if is_same else torch.ones_like(gate)
+    if row_gate is not None:
+        state_dict[row_key] = row_gate.detach().clone() if is_same else torch.ones_like(row_gate)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -9,7 +10,9 @@ from torch import Tensor
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gate import add_gate
 from rankflow.adapters.sites import Site
+from rankflow.adapters.vera import add_vectors
 from rankflow.errors import SiteError
+from rankflow.specs.budget import Components
 
 
 def add_gates(sites: Sequence[Site]) -> None:
@@ -25,6 +28,20 @@ def add_gates(sites: Sequence[Site]) -> None:
             accelerate_site(site)
         add_gate(site.layer, site.adapter_name)
         site.update_variant()
+
+
+def convert(sites: Sequence[Site], components: Components) -> None:
+    """Give the sites of an untrained adapter the kind of components that a budget asks for."""
+    match components:
+        case "factors":
+            pass
+        case "gated":
+            add_gates(sites)
+        case "vera":
+            add_gates(sites)
+            add_vectors(sites)
+        case _:
+            assert_never(components)
 
 
 def check_untrained(sites: Sequence[Site]) -> None:

@@ -13,6 +13,7 @@ from rankflow.adapters.gating import draw_components
 from rankflow.adapters.magnitude import empty_magnitude, neutral_magnitude
 from rankflow.adapters.row_norms import measure_norms
 from rankflow.adapters.sites import Site
+from rankflow.adapters.vera import draw_unused
 from rankflow.records import IntArray
 
 Draw = Callable[[Tensor, int], Tensor]
@@ -41,7 +42,10 @@ def rebuild_factors(
         return stayed
     A, B = stayed["A"], stayed["B"]
     if site.gate is not None:  # both are drawn as at the start, and the gate closes them off
-        rows, columns = draw_components(site, births, B.shape[1] + births, generator)
+        if site.row_gate is None:
+            rows, columns = draw_components(site, births, B.shape[1] + births, generator)
+        else:
+            rows, columns = draw_unused(site, A, births, generator)
         gate = grow(stayed["gate"], 0, births)
         return {"A": torch.cat([A, rows]), "B": torch.cat([B, columns], dim=1), "gate": gate}
     if site.kind == "embedding":  # PEFT starts embeddings at A = 0 and B of standard deviation 1
@@ -69,7 +73,7 @@ def rebuild_magnitude(
     if not turn_on:
         return empty_magnitude(slot)
     A, B = factors["A"], factors["B"]
-    B = fold(B, factors["gate"]) if "gate" in factors else B
+    B = fold(B, factors["gate"], site.row_gate) if "gate" in factors else B
     if magnitude is None:
         return neutral_magnitude(site.layer, site.adapter_name, A, B)
     if not keep_scale:

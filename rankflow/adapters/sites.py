@@ -29,7 +29,7 @@ from peft.tuners.lora.variants import (
 from torch import Tensor, nn
 
 from rankflow.adapters.dead import DeadVariant
-from rankflow.adapters.gate import GatedVariant, effective_B, find_gate
+from rankflow.adapters.gate import GatedVariant, effective_B, find_gate, find_row_gate
 from rankflow.errors import SiteError
 from rankflow.records import SiteInfo, SiteKind
 from rankflow.specs.budget import MagnitudeMode
@@ -87,6 +87,19 @@ class Site:
         return find_gate(self.layer, self.adapter_name)
 
     @property
+    def row_gate(self) -> nn.Parameter | None:
+        """VeRA's factor b of each output row, shape ``(out,)``, or None if A and B are trained."""
+        return find_row_gate(self.layer, self.adapter_name)
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """What the update trains: its factors, or VeRA's vectors alone."""
+        gate, row_gate = self.gate, self.row_gate
+        if gate is None or row_gate is None:
+            return tuple(factor for factor, _ in self.factors)
+        return gate, row_gate
+
+    @property
     def factors(self) -> tuple[tuple[nn.Parameter, int], ...]:
         """A, B and, if there is one, the gate, each with its axis that runs over components."""
         gate = self.gate
@@ -142,8 +155,8 @@ class Site:
     def parameters(self) -> int:
         """Trainable adapter parameters held now."""
         magnitude = self.magnitude
-        factors = sum(factor.numel() for factor, _ in self.factors)
-        return factors + (0 if magnitude is None else magnitude.numel())
+        trained = sum(parameter.numel() for parameter in self.trained)
+        return trained + (0 if magnitude is None else magnitude.numel())
 
     def describe(
         self,
@@ -171,6 +184,7 @@ class Site:
             max_rank=largest if max_rank is None else min(max_rank, largest),
             is_budgeted=has_magnitude and magnitude == "budgeted",
             has_gate=self.gate is not None,
+            has_row_gate=self.row_gate is not None,
         )
 
     def install(

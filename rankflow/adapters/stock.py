@@ -26,7 +26,7 @@ def check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) 
             f"adapter {adapter_name!r} was made with init_lora_weights={init!r}, which moves part "
             "of the base weight into the adapter at its first rank; use True or 'gaussian'"
         )
-    frozen = [s.name for s in sites if not all(p.requires_grad for p, _ in s.factors)]
+    frozen = [s.name for s in sites if not all(p.requires_grad for p in s.trained)]
     if frozen:
         raise SiteError(
             f"{len(frozen)} of {len(sites)} sites of adapter {adapter_name!r} are frozen, the "

@@ -34,11 +34,11 @@ class StepGradients:
         self.close()
         self._parameters: list[nn.Parameter] = []
         for site in sites:
-            factors = [factor for factor, _ in site.factors] if site.rank > 0 else []
-            magnitude = [] if site.magnitude is None else [site.magnitude]
-            self._parameters += factors + magnitude
-        # At the start the factor that is zero has the only gradient: the gate, or else B.
-        self._probes = _spread([s.factors[-1][0] for s in sites if s.rank > 0], _PROBES)
+            factors = site.trained if site.rank > 0 else ()
+            magnitude = () if site.magnitude is None else (site.magnitude,)
+            self._parameters += [*factors, *magnitude]
+        # At the start what is zero has the only gradient: B, the gate, or VeRA's factors of rows.
+        self._probes = _spread([s.trained[-1] for s in sites if s.rank > 0], _PROBES)
         self._accumulated: dict[nn.Parameter, Tensor] = {}
         self._handles = [
             probe.register_post_accumulate_grad_hook(self._note) for probe in self._probes

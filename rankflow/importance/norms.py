@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rankflow.adapters.base_weight import magnitude_factor
-from rankflow.adapters.gate import fold
+from rankflow.adapters.gate import fold, stored_factors
 from rankflow.adapters.row_norms import measure_norms
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
@@ -89,14 +89,16 @@ class Frobenius:
 
 
 def _factors(sites: Sequence[Site]) -> list[tuple[nn.Parameter, ...]]:
-    """Return the factors of every site that is not dead."""
-    return [tuple(factor for factor, _ in site.factors) for site in sites if site.rank > 0]
+    """Return what the update of every site is made of that is not dead."""
+    return [stored_factors(site.layer, site.adapter_name) for site in sites if site.rank > 0]
 
 
 @torch.no_grad()
-def _share(A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
+def _share(
+    A: Tensor, B: Tensor, gate: Tensor | None = None, row_gate: Tensor | None = None
+) -> Tensor:
     A, B = A.flatten(1).float(), B.flatten(1).float()
-    B = B if gate is None else fold(B, gate)
+    B = B if gate is None else fold(B, gate, row_gate)
     products = (A @ A.T) * (B.T @ B)  # (rank, rank)
     sizes = products.diagonal().clamp_min(0).sqrt()
     return sizes / (products.sum().clamp_min(0).sqrt() + 1e-8)

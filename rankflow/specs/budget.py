@@ -34,7 +34,7 @@ Policy = Literal[
 MagnitudeMode = Literal["always", "never", "budgeted"]
 Renormalise = Literal["keep-scale", "none"]
 Growth = Literal["gradient", "orthogonal", "random"]
-Components = Literal["factors", "gated"]
+Components = Literal["factors", "gated", "vera"]
 TargetKey = Literal["rank", "params", "fraction", "bytes"]
 
 TARGETS: Final[tuple[TargetKey, ...]] = ("rank", "params", "fraction", "bytes")
@@ -91,7 +91,8 @@ class BudgetSpec(Spec):
         cooldown: Steps without reallocation at the end, in the same unit.
         every: Steps from one reallocation to the next, in the same unit.
         components: What a component is made of: ``factors`` are a row of A and a column of B, as in
-            LoRA; ``gated`` adds a scalar c that starts at 0, as in Dynamic-Rank DoRA.
+            LoRA; ``gated`` adds a scalar c that starts at 0, as in Dynamic-Rank DoRA; of ``vera``
+            the row and the column are random, shared and frozen, and the scalar is all it costs.
         dem: Weight of Dynamic-Rank DoRA's DEM regulariser until the cool-down, 0 for none.
         score: Estimate of a component's worth.
         decay: Decay per step of the score's moving average, 0 for the last step alone.
@@ -108,7 +109,8 @@ class BudgetSpec(Spec):
             site spans, at random orthogonal to it, or at random as PEFT initialises.
         grow_steps: Steps before an event over which that gradient is averaged.
         min_rank: Smallest rank of every site.
-        max_rank: Largest rank of every site; None for the smaller side of its matrix.
+        max_rank: Largest rank of every site; None for the smaller side of its matrix. VeRA's random
+            matrices have as many rows as the largest, so set it there.
         bounds: Other bounds for some sites, by pattern.
         ranks: The ranks of the ``frozen`` policy, by pattern. A budgeted magnitude is on, unless a
             pattern such as ``q_proj.magnitude`` gives it 0.
@@ -175,6 +177,7 @@ class BudgetSpec(Spec):
         yield from self._target_faults()
         yield from self._schedule_faults()
         yield from self._rank_faults()
+        yield from self._component_faults()
         if self.magnitude == "budgeted" and self.score == "frobenius":
             yield Fault(
                 {"magnitude": self.magnitude, "score": self.score},
@@ -204,6 +207,14 @@ class BudgetSpec(Spec):
             yield Fault(
                 {"warmup": self.warmup, "cooldown": self.cooldown},
                 "leave no step to reallocate in; their sum must be below 1",
+            )
+
+    def _component_faults(self) -> Iterator[Fault]:
+        if self.components == "vera" and self.dem > 0:
+            yield Fault(
+                {"components": self.components, "dem": self.dem},
+                "the regulariser acts on trained rows and columns, and VeRA's are frozen; "
+                "set dem = 0",
             )
 
     def _rank_faults(self) -> Iterator[Fault]:

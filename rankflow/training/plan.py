@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import TrainingArguments
 
 from rankflow.adapters.base_weight import count_base_parameters
-from rankflow.adapters.gating import add_gates
+from rankflow.adapters.gating import convert
 from rankflow.adapters.sites import find_sites
 from rankflow.allocation.policies import feasible_range
 from rankflow.allocation.pools import with_pools
@@ -103,8 +103,7 @@ def make_plan(spec: RunSpec) -> RunPlan:
     model = add_adapter(base, spec.model, spec.adapter)
     steps = count_steps(rows, make_arguments(spec))
     sites = find_sites(model, "default")
-    if spec.budget.components == "gated":
-        add_gates(sites)
+    convert(sites, spec.budget.components)
     budget = resolve_budget(
         spec.budget,
         [

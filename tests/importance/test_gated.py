@@ -8,6 +8,7 @@ from torch import nn
 
 from rankflow.adapters.gating import add_gates
 from rankflow.adapters.sites import find_sites
+from rankflow.adapters.vera import add_vectors
 from rankflow.importance.gate import Fisher, Taylor
 from rankflow.importance.gradients import StepGradients
 from rankflow.importance.norms import Frobenius, Norm
@@ -25,6 +26,15 @@ def gated(steer, use_dora):
     for site in steered.sites:
         site.gate.data.normal_()
     return steered
+
+
+@pytest.fixture
+def vera(gated):
+    """The same with frozen factors and random gates of rows."""
+    add_vectors(gated.sites)
+    for site in gated.sites:
+        site.row_gate.data.normal_()
+    return gated
 
 
 @pytest.fixture
@@ -77,6 +87,42 @@ def test_a_score_is_that_of_the_same_component_without_a_gate(make, gated, folde
         scores.append(scorer.read().double())
     assert scores[0].min() > 0
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda sites: Taylor(sites, 0.5), lambda sites: Frobenius(sites, 0.5), Norm, Tangential],
+    ids=["taylor", "frobenius", "norm", "tangential"],
+)
+def test_a_score_of_vera_is_that_of_the_same_component_of_lora(make, vera):
+    twin = copy.deepcopy(vera)
+    twin.sites = find_sites(twin.model)
+    for site in twin.sites:
+        B = nn.Parameter(site.effective_B.detach().clone())
+        A = nn.Parameter(site.A.detach().clone())
+        site.install(A, B, gate=nn.Parameter(torch.ones_like(site.gate)))
+        site.row_gate.data.fill_(1)
+    scores = []
+    for steered in (vera, twin):
+        scorer = make(steered.sites)
+        steered.backward(1)
+        scorer.observe(ONE, YES)
+        scores.append(scorer.read().double())
+    assert scores[0].min() > 0
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-12)
+
+
+def test_clipping_is_seen_at_veras_start_where_row_gates_alone_have_gradients(vera):
+    for site in vera.sites:
+        site.row_gate.data.zero_()
+    watcher = StepGradients(vera.sites)
+    vera.backward(0)
+    for parameter in vera.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(0.25)
+    assert bool(watcher.accept())
+    assert watcher.unclip(1.0).item() == pytest.approx(4.0, rel=1e-6)
+    watcher.close()
 
 
 def test_sensitivity_adds_the_gate_s_own_like_adaloras_singular_value(gated):

@@ -30,6 +30,14 @@ BUDGETED = BudgetSpec(
     recycle=0.6,
     hysteresis=0,
 )
+VERA = BudgetSpec(
+    **{key: value for key, value in MOVES.items() if key != "rank"},
+    params=420,
+    max_rank=6,
+    recycle=0.9,
+    hysteresis=0.0,
+    components="vera",
+)
 EVENT_STEPS = [2, 5, 8, 11, 12]
 
 
@@ -313,6 +321,11 @@ def budgeted_dora(tmp_path_factory):
     return run_whole(tmp_path_factory.mktemp("whole"), BUDGETED, use_dora=True)
 
 
+@pytest.fixture(scope="module")
+def moving_dvora(tmp_path_factory):
+    return run_whole(tmp_path_factory.mktemp("whole"), VERA, use_dora=True)
+
+
 def resume(run, folder, checkpoint, *, budget=None, **changes):
     trainer, callback = make_trainer(
         "RankFlowTrainer",
@@ -327,7 +340,15 @@ def resume(run, folder, checkpoint, *, budget=None, **changes):
 
 @pytest.mark.parametrize("checkpoint", [1, 2, 3, 5, 9, 12, 15])
 @pytest.mark.parametrize(
-    "run", ["pruned_lora", "reallocated_dora", "gated_lora", "gated_dora", "budgeted_dora"]
+    "run",
+    [
+        "pruned_lora",
+        "reallocated_dora",
+        "gated_lora",
+        "gated_dora",
+        "budgeted_dora",
+        "moving_dvora",
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(run, checkpoint, tmp_path, request):
     whole = request.getfixturevalue(run)

@@ -228,6 +228,11 @@ CONTRADICTIONS = {
         'stages = 3, schedule = "constant"',
         "only the step schedule has stages; remove them, or set schedule = 'step'",
     ),
+    "a regulariser of what is frozen": (
+        'rank = 4\ncomponents = "vera"\ndem = 0.1',
+        'components = "vera", dem = 0.1',
+        "the regulariser acts on trained rows and columns, and VeRA's are frozen; set dem = 0",
+    ),
     "no step left": (
         "rank = 4\nwarmup = 0.5\ncooldown = 0.5",
         "warmup = 0.5, cooldown = 0.5",

@@ -96,6 +96,17 @@ def test_the_plan_knows_what_becomes_of_magnitudes(magnitude, run_file):
     assert (planned.target, planned.head) == (done.target, done.head)
 
 
+def test_the_plan_of_vera_counts_its_vectors_alone(run_file):
+    changes = ["budget.components=vera", "budget.max_rank=8", "budget.start=1.0"]
+    changes += ["budget.schedule=constant", "budget.rank=null", "budget.params=500"]
+    planned, _ = plan(run_file, *changes)
+    assert {site.component_cost for site in planned.sites} == {1}
+    assert all(site.fixed_cost == 2 * site.out_features for site in planned.sites)
+    done = train(load_run(run_file, changes), console=Console(file=io.StringIO()))
+    assert (planned.target, planned.head) == (done.target, done.head)
+    assert done.spent <= done.target
+
+
 def test_planning_needs_no_weights(run_file, bert_folder):
     (Path(bert_folder) / "model.safetensors").unlink()
     planned, _ = plan(run_file)
