@@ -32,7 +32,7 @@ from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.adapters.vera import draw_matrices, share_matrices, start_vectors
-from rankflow.allocation.demand import estimate_demand, price_unseen
+from rankflow.allocation.demand import estimate_demand, price_by_gradient
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.budgeting import resolve_budget
 from rankflow.errors import (
@@ -445,11 +445,13 @@ class RankFlow:
         """Bring what is known to the host: the one copy of an event."""
         ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
         read = [scorer.read() for scorer in self._scorers.values()]
-        values = torch.cat([self._sketch.energy(), *read]).to("cpu", torch.float64).numpy()
+        values = (
+            torch.cat([self._sketch.energy(outside=True), *read]).to("cpu", torch.float64).numpy()
+        )
         energy, scores, magnitude_scores = np.split(values, np.cumsum([len(ranks), ranks.sum()]))
         mature = self._ages >= self.budget.protect
         demand = estimate_demand(ranks, scores, mature, self._demand)
-        demand = price_unseen(demand, ranks, energy)
+        demand = price_by_gradient(demand, ranks, energy)
         magnitudes = None
         if len(magnitude_scores) > 0:
             on = self._magnitudes_on()

@@ -40,27 +40,30 @@ def estimate_demand(
     return np.where(young, 0.0, promise)
 
 
-def price_unseen(demand: FloatArray, ranks: IntArray, energy: FloatArray) -> FloatArray:
-    """Let the gradient speak for dead sites of which nothing is remembered.
+def price_by_gradient(demand: FloatArray, ranks: IntArray, energy: FloatArray) -> FloatArray:
+    """Let the gradient say what a site may promise.
 
-    A site that starts without components is never judged by one. Its gradient tells what the first
-    one could do: it promises as much per unit of gradient as the median of the sites that were
-    judged.
+    A site promises no more than its gradient, priced at the median of all sites, pays for: where
+    the live components have learned what there is, little gradient is left outside of what they
+    span, though each of them still earns much. A dead site of which nothing is remembered, say one
+    that began without components, promises what its gradient pays for.
 
     Args:
         demand: Estimated score of one more component, shape ``(S,)``; 0 where nothing is known.
         ranks: Live components of each site, shape ``(S,)``.
-        energy: Largest singular value of the gradient of each site's weight, shape ``(S,)``; 0
-            where it was not measured.
+        energy: Largest singular value of the gradient of each site's weight outside of what its
+            components span, shape ``(S,)``; 0 where it was not measured.
 
     Returns:
         Estimated scores, shape ``(S,)``.
 
-    >>> price_unseen(np.array([4.0, 1.0, 0.0]), np.array([2, 1, 0]), np.array([2.0, 1.0, 3.0]))
-    array([4. , 1. , 4.5])
+    >>> demand, energy = np.array([4.0, 6.0, 1.0, 0.0]), np.array([2.0, 1.0, 0.5, 3.0])
+    >>> price_by_gradient(demand, np.array([2, 3, 1, 0]), energy)
+    array([4., 2., 1., 6.])
     """
     judged = (demand > 0) & (energy > 0)
     if not judged.any():
         return demand
-    price = np.median(demand[judged] / energy[judged])
-    return np.where((ranks == 0) & (demand == 0), price * energy, demand)
+    paid = np.median(demand[judged] / energy[judged]) * energy
+    unseen = (ranks == 0) & (demand == 0)
+    return np.where(unseen, paid, np.where(energy > 0, np.minimum(demand, paid), demand))

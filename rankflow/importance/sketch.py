@@ -165,11 +165,15 @@ class GradientSketch:
         heads = found.gather(1, found.abs().argmax(dim=1, keepdim=True))
         return found * heads.sign()  # a singular vector is known up to its sign
 
-    def energy(self) -> Tensor:
+    def energy(self, *, outside: bool = False) -> Tensor:
         r"""Estimate the largest singular value of each site's average gradient G.
 
         For a unit row a of A, :math:`s\, \sigma_1(G)` is the longest gradient that a newborn's b
         can receive.
+
+        Args:
+            outside: Whether to leave out what the site's live rows of A span (embeddings: columns
+                of B).
 
         Returns:
             Shape ``(S,)``, on the sites' device; 0 while the sketch is closed or has seen nothing.
@@ -177,9 +181,12 @@ class GradientSketch:
         home = self._sites[0].A.device
         if not self.is_open:
             return torch.zeros(len(self._sites), device=home)
-        sketched = enumerate(self._sketches)
-        cores = [self._core(i, s.right.device, s.right.dtype) for i, s in sketched]
-        largest = [torch.linalg.matrix_norm(core, ord=2).to(home) for core in cores]
+        largest = []
+        for index, sketch in enumerate(self._sketches):
+            core = self._core(index, sketch.right.device, sketch.right.dtype)
+            if outside:
+                core = _outside(core, _live_rows(self._sites[index]))
+            largest.append(torch.linalg.matrix_norm(core, ord=2).to(home))
         return torch.stack(largest) / self._count.clamp_min(1)
 
     def state(self) -> dict[str, Tensor]:
@@ -289,6 +296,11 @@ def low_rank(Y: Tensor, Z: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     Q = torch.linalg.qr(Y).Q
     # The default driver on a CPU, gelsy, gives other last bits at every call.
     return Q, torch.linalg.lstsq(left.T @ Q, Z, driver="gels").solution
+
+
+def _live_rows(site: Site) -> Tensor:
+    rows = site.B.flatten(1).T if site.kind == "embedding" else site.A.flatten(1)
+    return rows.detach()
 
 
 def _outside(rows: Tensor, live: Tensor) -> Tensor:
