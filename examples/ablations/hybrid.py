@@ -33,11 +33,12 @@ from report import render
 METHODS = {
     "lora": Method(use_dora=False, preset="fixed"),
     "dora": Method(use_dora=True, preset="fixed"),
-    "lora-reallocate": Method(use_dora=False, preset="reallocate"),
-    "lora-prune": Method(use_dora=False, preset="prune"),
-    "dora-reallocate": Method(use_dora=True, preset="reallocate"),
-    "dora-prune": Method(use_dora=True, preset="prune"),
-    "dora-prune-tangential": Method(True, "prune", {"score": "tangential"}),
+    "hybrid": Method(use_dora=True, preset="hybrid"),
+    "hybrid-no-growth": Method(True, "hybrid", {"recycle": 0.0}),
+    "hybrid-constant": Method(True, "hybrid", {"start": 1.0}),
+    "hybrid-all-magnitudes": Method(True, "hybrid", {"magnitude": "always"}),
+    "hybrid-lora": Method(False, "hybrid", {"magnitude": "always"}),
+    "hybrid-taylor": Method(True, "hybrid", {"score": "taylor"}),
 }
 DATA = ("clinc150", "wordnet40")
 RANKS = (1, 4)

@@ -19,7 +19,7 @@ from rankflow.specs.budget import (
 )
 
 ROOT = Path(__file__).parents[2]
-PRESETS = ["adalora", "dynamic-rank-dora", "fixed", "prune", "reallocate"]
+PRESETS = ["adalora", "dynamic-rank-dora", "fixed", "hybrid", "prune", "reallocate"]
 
 
 @pytest.fixture
