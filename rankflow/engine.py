@@ -2,17 +2,17 @@
 
 One event is a straight line, and no call returns upward::
 
-    scorer.read()       what is every component worth?               -> ComponentTable
+    tracker.survey()    what is every component worth?               -> ComponentTable
     scheduler.plan()    which stay, and where are new ones born?     -> RankPlan
     surgery.resize()    parameters and optimizer state, all or nothing
-    scorer.reindex()    scores follow the components
+    tracker.follow()    scores follow the components
     sinks               whoever wants to know                        <- RankEvent
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +27,10 @@ from rankflow import dem, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gating import check_untrained, convert, start_gates
-from rankflow.adapters.newborns import Newborns, along, kaiming, orthogonal
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.adapters.vera import draw_matrices, share_matrices, start_vectors
-from rankflow.allocation.demand import estimate_demand, price_by_gradient
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.budgeting import resolve_budget
 from rankflow.errors import (
@@ -45,24 +43,19 @@ from rankflow.errors import (
 from rankflow.eventing import describe
 from rankflow.export.card import AdapterFacts
 from rankflow.fairstart import FairStart
+from rankflow.growing import Growth
 from rankflow.importance.gradients import StepGradients
 from rankflow.importance.norms import Norm
-from rankflow.importance.registry import make_scorers
-from rankflow.importance.sketch import GradientSketch
 from rankflow.records import (
     BoolArray,
     ComponentTable,
     IntArray,
-    MagnitudeTable,
     RankEvent,
-    RankPlan,
 )
 from rankflow.specs.budget import BudgetSpec
+from rankflow.tracking import Tracker, magnitudes_on
 
 _EVENTS = TypeAdapter(list[RankEvent])
-
-# Directions that the gradient's sketch resolves at a site; one event rarely grows a site by more.
-_SKETCH_WIDTH = 8
 
 
 class RankFlow:
@@ -143,17 +136,15 @@ class RankFlow:
         self._steps = 0
         self._observed = 0
         self._limit = self.resolved.start
-        self._demand = np.zeros(len(self._sites))
-        self._promise = np.zeros(len(self._sites))
         self._optimizer: Optimizer | None = None
         self._gradients = StepGradients(self._sites)
         self._fair_start = FairStart(self._sites)
-        self._sketch = GradientSketch(self._sites, width=_SKETCH_WIDTH, seed=budget.seed)
+        self._growth = Growth(budget, self._sites, self.resolved)
         if resume is None:
             self._resize_in_place(self.resolved.start_ranks, self.resolved.start_magnitudes)
             if is_new:
                 self._draw_components()
-            self._open_sketch()
+            self._look_ahead()
         else:
             self.load_state_dict(resume)
 
@@ -205,10 +196,8 @@ class RankFlow:
         """
         if not self.resolved.is_static:
             accept = self._gradients.accept()
-            unclip = self._gradients.unclip(loss_scale)
-            for scorer in self._scorers.values():
-                scorer.observe(unclip, accept)
-            self._sketch.observe(accept, loss_scale)
+            self._tracker.observe(self._gradients.unclip(loss_scale), accept)
+            self._growth.sketch.observe(accept, loss_scale)
         self._observed += 1
 
     def penalty(self) -> Tensor:
@@ -254,7 +243,7 @@ class RankFlow:
         if self.resolved.scheduler.is_due(self._steps):
             self._check_observed()
             event = self._reallocate(self._steps)
-        self._open_sketch()
+        self._look_ahead()
         return event
 
     def _check_observed(self) -> None:
@@ -322,7 +311,7 @@ class RankFlow:
         """Remove all hooks on gradients and optimizer; the model trains on at its ranks."""
         self._gradients.close()
         self._fair_start.close()
-        self._sketch.close()
+        self._growth.sketch.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain values and tensors."""
@@ -333,18 +322,11 @@ class RankFlow:
             "steps": self._steps,
             "observed": self._observed,
             "limit": self._limit,
-            "ages": self._ages.tolist(),
-            "demand": self._demand.tolist(),
-            "magnitudes": self._magnitudes_on().tolist(),
-            "magnitude_ages": self._magnitude_ages.tolist(),
-            "promise": self._promise.tolist(),
+            "magnitudes": magnitudes_on(self._sites).tolist(),
             "young": [list(steps) for steps in self._fair_start.steps],
-            "scorer": {
-                f"{what}.{key}": value.clone()
-                for what, scorer in self._scorers.items()
-                for key, value in scorer.state().items()
-            },
-            "sketch": {key: value.clone() for key, value in self._sketch.state().items()},
+            **self._tracker.state(),
+            "scorer": self._tracker.tensors(),
+            "sketch": {key: value.clone() for key, value in self._growth.sketch.state().items()},
             "gated": {key: value.clone() for key, value in self._gated_factors().items()},
             "history": _EVENTS.dump_python(self.history, mode="json"),
         }
@@ -368,22 +350,15 @@ class RankFlow:
         )
         self._steps, self._observed = state["steps"], state["observed"]
         self._limit = state["limit"]
-        self._ages = np.array(state["ages"], dtype=np.int64)
-        self._demand = np.array(state["demand"])
-        self._magnitude_ages = np.array(state["magnitude_ages"], dtype=np.int64)
-        self._promise = np.array(state["promise"])
         self._fair_start.steps = [list(steps) for steps in state["young"]]
-        for what, scorer in self._scorers.items():
-            start = f"{what}."
-            tensors = state["scorer"].items()
-            scorer.load({k.removeprefix(start): v for k, v in tensors if k.startswith(start)})
+        self._tracker.load(state, state["scorer"])
         with torch.no_grad():
             for key, factor in self._gated_factors().items():
                 factor.copy_(state["gated"][key])
         self.history = _EVENTS.validate_python(state["history"])
-        self._open_sketch()
+        self._look_ahead()
         if state["sketch"]:
-            self._sketch.load(state["sketch"])
+            self._growth.sketch.load(state["sketch"])
 
     @property
     def _is_regularised(self) -> bool:
@@ -401,12 +376,11 @@ class RankFlow:
             self.resolved.sites, old, scores, np.zeros(old.sum(), np.int64), np.zeros(len(old))
         )
         plan = replace(plan_from_ranks(table, ranks), magnitudes=magnitudes)
-        surgery.resize_in_place(self._sites, plan, self._newborns(0), self.budget.renormalise)
-        self._sketch.close()
+        newborns = self._growth.newborns(0)
+        surgery.resize_in_place(self._sites, plan, newborns, self.budget.renormalise)
+        self._growth.sketch.close()
         sync_config(self.model, self.adapter_name, self._sites)
-        self._ages = np.full(ranks.sum(), self.budget.protect, dtype=np.int64)
-        self._magnitude_ages = np.full(len(ranks), self.budget.protect, dtype=np.int64)
-        self._scorers = make_scorers(self.budget, self._sites)
+        self._tracker = Tracker(self.budget, self._sites, self.resolved.sites)
         self._fair_start.restart()
         self._gradients.watch(self._sites)
         self._optimizer = None
@@ -414,24 +388,22 @@ class RankFlow:
     def _draw_components(self) -> None:
         """Draw what components of that kind start from, at the ranks that the sites have now."""
         if self.budget.components == "gated":
-            start_gates(self._sites, self._newborns(0).generator)
+            start_gates(self._sites, self._growth.newborns(0).generator)
         elif self.budget.components == "vera":
             start_vectors(self._sites)
 
     def _reallocate(self, step: int) -> RankEvent:
         began = time.perf_counter()
         scheduler, index = self.resolved.scheduler, len(self.history)
-        table = self._survey()
+        table = self._tracker.survey(self._growth.energy())
         plan = scheduler.plan(table, step)
-        surgery.resize(
-            self._sites,
-            plan,
-            self._optimizer,
-            self._newborns(index + 1),
-            self.budget.renormalise,
-        )
-        self._sketch.close()
-        self._follow(table, plan)
+        newborns = self._growth.newborns(index + 1)
+        surgery.resize(self._sites, plan, self._optimizer, newborns, self.budget.renormalise)
+        self._growth.sketch.close()
+        self._tracker.follow(table, plan)
+        self._fair_start.follow(plan)
+        self._gradients.watch(self._sites)
+        sync_config(self.model, self.adapter_name, self._sites)
         self._limit = scheduler.budget_at(step)
         seconds = time.perf_counter() - began
         event = describe(table, plan, index, self._steps, self._limit, seconds)
@@ -441,57 +413,8 @@ class RankFlow:
             sink(event)
         return event
 
-    def _survey(self) -> ComponentTable:
-        """Bring what is known to the host: the one copy of an event."""
-        ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
-        read = [scorer.read() for scorer in self._scorers.values()]
-        values = (
-            torch.cat([self._sketch.energy(outside=True), *read]).to("cpu", torch.float64).numpy()
-        )
-        energy, scores, magnitude_scores = np.split(values, np.cumsum([len(ranks), ranks.sum()]))
-        mature = self._ages >= self.budget.protect
-        demand = estimate_demand(ranks, scores, mature, self._demand)
-        demand = price_by_gradient(demand, ranks, energy)
-        magnitudes = None
-        if len(magnitude_scores) > 0:
-            on = self._magnitudes_on()
-            promise = np.where(on, magnitude_scores, self._promise)
-            magnitudes = MagnitudeTable(on, promise, self._magnitude_ages)
-        return ComponentTable(self.resolved.sites, ranks, scores, self._ages, demand, magnitudes)
-
-    def _follow(self, table: ComponentTable, plan: RankPlan) -> None:
-        """Let everything that is tracked follow the components through a resize."""
-        home = self._sites[0].A.device
-        sources = plan.sources(table.ranks)
-        self._scorers["components"].reindex(self._sites, torch.from_numpy(sources).to(home))
-        self._ages = np.where(sources < 0, 0, table.ages[sources] + 1)
-        self._demand = table.demand
-        if table.magnitudes is not None and plan.magnitudes is not None:
-            stayed = table.magnitudes.on & plan.magnitudes
-            kept = torch.from_numpy(np.where(stayed, np.arange(len(stayed)), -1)).to(home)
-            self._scorers["magnitudes"].reindex(self._sites, kept)
-            self._magnitude_ages = np.where(stayed, table.magnitudes.ages + 1, 0)
-            self._promise = table.magnitudes.scores
-        self._fair_start.follow(plan)
-        self._gradients.watch(self._sites)
-        sync_config(self.model, self.adapter_name, self._sites)
-
-    def _magnitudes_on(self) -> BoolArray:
-        return np.array([site.magnitude is not None for site in self._sites], dtype=np.bool_)
-
-    def _open_sketch(self) -> None:
-        """Sketch gradients from the next step on if an event with possible births is near."""
-        if self.budget.grow != "gradient" or self.resolved.is_static or self._sketch.is_open:
-            return
-        scheduler = self.resolved.scheduler
-        ahead = range(self._steps + 1, self._steps + self.budget.grow_steps + 1)
-        due = next((step for step in ahead if scheduler.is_due(step)), None)
-        if due is None:
-            return
-        sites = zip(self._sites, self.resolved.sites, strict=True)
-        costs = [info.component_cost for site, info in sites if site.rank < info.max_rank]
-        if costs and scheduler.allowance(self.spent, due) >= min(costs):
-            self._sketch.open(self._sites, event=len(self.history))
+    def _look_ahead(self) -> None:
+        self._growth.look_ahead(self._steps, spent=self.spent, event=len(self.history))
 
     def _gated_factors(self) -> dict[str, Tensor]:
         """Return B and the gates of every gated site by name; the tensors are the live ones."""
@@ -502,20 +425,6 @@ class RankFlow:
             for name, factor in (("B", site.B), ("gate", site.gate), ("row_gate", site.row_gate))
             if factor is not None
         }
-
-    def _newborns(self, index: int) -> Newborns:
-        """Return how one event draws its newborns, equal in every process."""
-        seed = int(np.random.SeedSequence([self.budget.seed, index]).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(seed)
-        match self.budget.grow:
-            case "gradient":
-                return along(self._sketch.directions, generator)
-            case "orthogonal":
-                return orthogonal(generator)
-            case "random":
-                return kaiming([site.kind for site in self._sites], generator)
-            case _:
-                assert_never(self.budget.grow)
 
     def _check_state(self, state: dict[str, Any]) -> None:
         mine = {

@@ -205,7 +205,7 @@ def engine_run(model, flow):
         optimizer.zero_grad()
         loss.backward()
         flow.observe()
-        scores = flow._scorers["components"].read().tolist()
+        scores = flow._tracker.scorers["components"].read().tolist()
         optimizer.step()
         named = [(name, component) for name, parts in alive.items() for component in parts]
         event = flow.step(optimizer)

@@ -174,7 +174,7 @@ seed = 3
 
 def test_all_faults_of_all_tables_are_reported_at_once(write, tmp_path):
     faults = faults_of(write(FAULTY), "budget.rank", "=3")
-    presets = "The presets are adalora, dynamic-rank-dora, fixed, prune, reallocate"
+    presets = "The presets are adalora, dynamic-rank-dora, fixed, hybrid, prune, reallocate"
     assert faults == {
         'override = "budget.rank"': "must read as in budget.rank=2",
         'override = "=3"': "must read as in budget.rank=2",

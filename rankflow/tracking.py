@@ -1,0 +1,108 @@
+"""What a run knows of every component and magnitude: its worth, and how long it has lived."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankflow.adapters.sites import Site
+from rankflow.allocation.demand import estimate_demand, price_by_gradient
+from rankflow.importance.registry import make_scorers
+from rankflow.records import BoolArray, ComponentTable, MagnitudeTable, RankPlan, SiteInfo
+from rankflow.specs.budget import BudgetSpec
+
+
+class Tracker:
+    """Scores and ages, and what they say of components that do not exist.
+
+    Args:
+        budget: The budget spec.
+        sites: The sites, at the ranks that they start with.
+        infos: What the allocation knows of them, in the same order.
+    """
+
+    def __init__(
+        self, budget: BudgetSpec, sites: Sequence[Site], infos: tuple[SiteInfo, ...]
+    ) -> None:
+        self._sites = tuple(sites)
+        self._infos = infos
+        self._protect = budget.protect
+        self.scorers = make_scorers(budget, sites)
+        # What is there at the start has nothing to prove.
+        self._ages = np.full(sum(site.rank for site in sites), budget.protect, dtype=np.int64)
+        self._magnitude_ages = np.full(len(sites), budget.protect, dtype=np.int64)
+        self._demand = np.zeros(len(sites))  # remembered for sites that die
+        self._promise = np.zeros(len(sites))  # remembered for magnitudes that are turned off
+
+    def observe(self, unclip: Tensor, accept: Tensor) -> None:
+        """Fold in one step's gradients; see ``Scorer.observe``."""
+        for scorer in self.scorers.values():
+            scorer.observe(unclip, accept)
+
+    def survey(self, energy: Tensor) -> ComponentTable:
+        """Bring what is known to the host: the one copy of an event.
+
+        Args:
+            energy: Largest singular value of the gradient of each site's weight outside of what its
+                components span, shape ``(S,)``; 0 where it was not measured.
+        """
+        ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
+        read = [energy, *(scorer.read() for scorer in self.scorers.values())]
+        values = torch.cat(read).to("cpu", torch.float64).numpy()
+        energies, scores, magnitude_scores = np.split(values, np.cumsum([len(ranks), ranks.sum()]))
+        mature = self._ages >= self._protect
+        self._demand = estimate_demand(ranks, scores, mature, self._demand)
+        demand = price_by_gradient(self._demand, ranks, energies)
+        magnitudes = None
+        if len(magnitude_scores) > 0:
+            on = magnitudes_on(self._sites)
+            self._promise = np.where(on, magnitude_scores, self._promise)
+            magnitudes = MagnitudeTable(on, self._promise, self._magnitude_ages)
+        return ComponentTable(self._infos, ranks, scores, self._ages, demand, magnitudes)
+
+    def follow(self, table: ComponentTable, plan: RankPlan) -> None:
+        """Follow components and magnitudes through a resize that has been carried out."""
+        home = self._sites[0].A.device
+        sources = plan.sources(table.ranks)
+        self.scorers["components"].reindex(self._sites, torch.from_numpy(sources).to(home))
+        self._ages = np.where(sources < 0, 0, table.ages[sources] + 1)
+        if table.magnitudes is not None and plan.magnitudes is not None:
+            stayed = table.magnitudes.on & plan.magnitudes
+            kept = torch.from_numpy(np.where(stayed, np.arange(len(stayed)), -1)).to(home)
+            self.scorers["magnitudes"].reindex(self._sites, kept)
+            self._magnitude_ages = np.where(stayed, table.magnitudes.ages + 1, 0)
+
+    def state(self) -> dict[str, Any]:
+        """Return the plain values that a resumed run needs; ``tensors`` has the rest."""
+        return {
+            "ages": self._ages.tolist(),
+            "demand": self._demand.tolist(),
+            "magnitude_ages": self._magnitude_ages.tolist(),
+            "promise": self._promise.tolist(),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return a copy of the scorers' state, by name."""
+        return {
+            f"{what}.{key}": value.clone()
+            for what, scorer in self.scorers.items()
+            for key, value in scorer.state().items()
+        }
+
+    def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Restore what ``state`` and ``tensors`` returned."""
+        self._ages = np.array(state["ages"], dtype=np.int64)
+        self._demand = np.array(state["demand"])
+        self._magnitude_ages = np.array(state["magnitude_ages"], dtype=np.int64)
+        self._promise = np.array(state["promise"])
+        for what, scorer in self.scorers.items():
+            start = f"{what}."
+            own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+            scorer.load(own)
+
+
+def magnitudes_on(sites: Sequence[Site]) -> BoolArray:
+    """Return which sites train a magnitude now, shape ``(S,)``."""
+    return np.array([site.magnitude is not None for site in sites], dtype=np.bool_)
