@@ -38,7 +38,7 @@ METHODS = {  # whether DoRA, budget preset, tuned learning rate, overrides of th
     "uniform LoRA": (False, "fixed", 2e-2, {}),
     "uniform DoRA": (True, "fixed", 4e-2, {}),
     "dynamic LoRA": (False, "reallocate", 2e-2, {}),
-    "hybrid": (True, "reallocate", 8e-2, {"magnitude": "budgeted"}),
+    "hybrid": (True, "hybrid", 8e-2, {}),
 }
 
 

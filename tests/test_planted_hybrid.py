@@ -1,15 +1,16 @@
 """Ranks that move and magnitudes together solve a problem that neither solves alone."""
 
 import importlib.util
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-_SPEC = importlib.util.spec_from_file_location(
-    "planted_hybrid", Path(__file__).parents[1] / "examples" / "planted_hybrid.py"
-)
+_EXAMPLES = Path(__file__).parents[1] / "examples"
+_SPEC = importlib.util.spec_from_file_location("planted_hybrid", _EXAMPLES / "planted_hybrid.py")
 planted = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(planted)
 
@@ -64,3 +65,13 @@ def test_the_example_prints_every_method_with_its_difference_to_the_hybrid(monke
     lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert [line.split("│")[1].strip() for line in lines] == list(planted.METHODS)
     assert lines[-1].split("│")[-2].strip() == "0.0% ± 0.0%"
+
+
+def test_the_picture_shows_every_method(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(planted, "STEPS", 20)
+    monkeypatch.setitem(sys.modules, "planted_hybrid", planted)
+    picture = runpy.run_path(str(_EXAMPLES / "hybrid_picture.py"))
+    picture["main"](str(tmp_path / "hybrid.png"))
+    assert (tmp_path / "hybrid.png").read_bytes().startswith(b"\x89PNG")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(planted.METHODS)[1:]

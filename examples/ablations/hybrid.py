@@ -38,7 +38,6 @@ METHODS = {
     "hybrid-constant": Method(True, "hybrid", {"start": 1.0}),
     "hybrid-all-magnitudes": Method(True, "hybrid", {"magnitude": "always"}),
     "hybrid-lora": Method(False, "hybrid", {"magnitude": "always"}),
-    "hybrid-taylor": Method(True, "hybrid", {"score": "taylor"}),
 }
 DATA = ("clinc150", "wordnet40")
 RANKS = (1, 4)
