@@ -67,10 +67,12 @@ class Layer:
         return V if self.magnitude is None else (self.magnitude / row_norms(V))[:, None] * V
 
     def scores(self):
-        whole = np.linalg.norm(self.update()) + 1e-8
+        V = self.W + self.scale * self.update()
+        rows = 1 if self.magnitude is None else (self.magnitude / row_norms(V))[:, None]
+        whole = np.linalg.norm(rows * self.update()) + 1e-8
         return np.array(
             [
-                np.linalg.norm(self.c[i] * np.outer(self.B[:, i], self.A[i])) / whole
+                np.linalg.norm(rows * self.c[i] * np.outer(self.B[:, i], self.A[i])) / whole
                 for i in range(len(self.c))
             ]
         )

@@ -3,11 +3,10 @@ r"""Scores from the size of a component, :math:`\lVert s\, b_i a_i^\top \rVert_F
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankflow.adapters.base_weight import magnitude_factor
-from rankflow.adapters.gate import fold, stored_factors
-from rankflow.adapters.row_norms import measure_norms
+from rankflow.adapters.dora import norms_of
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
 
@@ -50,7 +49,8 @@ class Frobenius:
     .. math:: S_i = \frac{\lVert b_i a_i^\top \rVert_F}{\lVert B A \rVert_F + 10^{-8}},
         \qquad \lVert B A \rVert_F^2 = \sum_{ij} (A A^\top \circ B^\top B)_{ij},
 
-    averaged over steps. It compares components within a site, not worth across sites.
+    averaged over steps. It compares components within a site, not worth across sites. Under DoRA
+    :math:`b_{ji}` is scaled by :math:`m_j / n_j`, as above.
 
     Args:
         sites: The sites whose components are scored.
@@ -61,12 +61,12 @@ class Frobenius:
         self._sites = tuple(sites)
         components = sum(site.rank for site in sites)
         self._share = ComponentAverage(components, decay, like=sites[0].A)
-        self._factors = _factors(sites)
+        self._live = _live(sites)
 
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Fold in the shares of the weights now, if ``accept``."""
         home = self._sites[0].A.device
-        shares = [_share(*factors).to(home, non_blocking=True) for factors in self._factors]
+        shares = [_share(site).to(home, non_blocking=True) for site in self._live]
         if shares:
             self._share.update(torch.cat(shares), accept)
 
@@ -76,7 +76,7 @@ class Frobenius:
 
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the components through a resize."""
-        self._factors = _factors(sites)
+        self._live = _live(sites)
         self._share.reindex(sources)
 
     def state(self) -> dict[str, Tensor]:
@@ -88,17 +88,13 @@ class Frobenius:
         self._share.load(state)
 
 
-def _factors(sites: Sequence[Site]) -> list[tuple[nn.Parameter, ...]]:
-    """Return what the update of every site is made of that is not dead."""
-    return [stored_factors(site.layer, site.adapter_name) for site in sites if site.rank > 0]
+def _live(sites: Sequence[Site]) -> list[Site]:
+    return [site for site in sites if site.rank > 0]
 
 
 @torch.no_grad()
-def _share(
-    A: Tensor, B: Tensor, gate: Tensor | None = None, row_gate: Tensor | None = None
-) -> Tensor:
-    A, B = A.flatten(1).float(), B.flatten(1).float()
-    B = B if gate is None else fold(B, gate, row_gate)
+def _share(site: Site) -> Tensor:
+    A, B = _effective_factors(site)
     products = (A @ A.T) * (B.T @ B)  # (rank, rank)
     sizes = products.diagonal().clamp_min(0).sqrt()
     return sizes / (products.sum().clamp_min(0).sqrt() + 1e-8)
@@ -106,8 +102,13 @@ def _share(
 
 @torch.no_grad()
 def _sizes(site: Site) -> Tensor:
+    A, B = _effective_factors(site)
+    return site.scale * A.norm(dim=1) * B.norm(dim=0)
+
+
+def _effective_factors(site: Site) -> tuple[Tensor, Tensor]:
+    """Return A, ``(rank, in)``, and B, ``(out, rank)``, as they reach the model, without scale."""
     A, B = site.A.flatten(1).float(), site.effective_B.flatten(1).float()
     if site.magnitude is not None:  # DoRA scales each row of the update by m / n
-        norms = measure_norms(site.layer, A, B, site.scale)
-        B = B * magnitude_factor(site.magnitude, norms).unsqueeze(1)
-    return site.scale * A.norm(dim=1) * B.norm(dim=0)
+        B = B * magnitude_factor(site.magnitude, norms_of(site)).float().unsqueeze(1)
+    return A, B

@@ -28,10 +28,11 @@ def test_the_norm_is_that_of_the_weights_now(steer):
 
 
 def dense_shares(steered):
-    """||b_i a_i^T|| over ||B A||, from the dense matrices."""
+    """||b_i a_i^T|| over ||B A||, from the dense matrices; under DoRA with rows times m / n."""
     shares = []
     for site in steered.sites:
-        parts = [torch.outer(b, a) for s, a, b, _, _ in steered.components() if s is site]
+        c, _ = steered.factors(site)
+        parts = [torch.outer(c * b, a) for s, a, b, _, _ in steered.components() if s is site]
         if parts:
             whole = torch.stack(parts).sum(dim=0)
             shares += [(part.norm() / (whole.norm() + 1e-8)).item() for part in parts]
