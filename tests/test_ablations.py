@@ -139,14 +139,14 @@ def test_padding_does_not_change_the_judgement(folder):
     assert labels.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["lora-reallocate", "dora-prune"])
+@pytest.mark.parametrize("name", ["hybrid-lora", "hybrid"])
 def test_a_cell_learns_within_its_budget_and_repeats_exactly(folder, name):
     method = hybrid.METHODS[name]
     cell = replace(CELL, method=method, steps=12, rate=1e-2)
     measured = cells.run_cell(cell, folder)
     assert measured.nll < 0.6  # two balanced classes start at 0.69
     assert measured.final <= 41_472  # rank 1 on MiniLM's 36 sites
-    assert measured.peak <= (62_208 if method.preset == "prune" else 41_472)
+    assert measured.peak <= 62_208  # 1.5 times that
     assert len(measured.ranks) == 36
     again = cells.run_cell(cell, folder)
     assert replace(again, seconds=0.0) == replace(measured, seconds=0.0)

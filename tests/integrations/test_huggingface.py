@@ -477,7 +477,8 @@ def test_the_best_model_is_restored_across_resizes_where_it_meets_the_budget(
     spy = Spy()
     if settings.get("magnitude") == "budgeted" and not use_dora:
         settings = {}
-    budget = BudgetSpec(**MOVES | {"cooldown": 1, "every": 1} | settings, recycle=0.9, hysteresis=0)
+    moves = MOVES | {"cooldown": 1, "every": 1, "grow": "orthogonal"} | settings
+    budget = BudgetSpec(**moves, recycle=0.9, hysteresis=0)
     trainer, callback = make_trainer(
         "RankFlowTrainer",
         tmp_path,
