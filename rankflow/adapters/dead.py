@@ -16,6 +16,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from rankflow.adapters.base_weight import magnitude_factor, over_rows, row_norms
+from rankflow.adapters.gate import stored_factors
+from rankflow.adapters.norm_cache import NormCache
 
 
 class DeadVariant(LoraVariant):
@@ -27,15 +29,17 @@ class DeadVariant(LoraVariant):
 
     def __init__(self, revived: LoraVariant | None) -> None:
         self.revived = revived
+        self._cache = NormCache()
 
-    @staticmethod
     def forward(
-        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """Return the layer's output, given the base layer's output ``result``."""
         if not has_magnitude(module, active_adapter):
             return result
-        scale = _factor(module, active_adapter)
+        A, B, *_ = stored_factors(module, active_adapter)
+        norms = self._cache.norms(module, active_adapter, A, B)
+        scale = magnitude_factor(module.lora_magnitude_vector[active_adapter].weight, norms)
         base = module.get_base_layer()
         bias = getattr(base, "bias", None)
         if isinstance(base, nn.modules.conv._ConvNd):
@@ -78,15 +82,10 @@ def has_magnitude(layer: LoraLayer, adapter_name: str) -> bool:
     return adapter_name in vectors and vectors[adapter_name].weight.numel() > 0
 
 
-def _factor(module: LoraLayer, adapter_name: str, weight: Tensor | None = None) -> Tensor:
-    """Return ``m / ||W||``, shape ``(out,)``."""
-    magnitude = module.lora_magnitude_vector[adapter_name].weight
-    return magnitude_factor(magnitude, row_norms(module, weight))
-
-
 def _merging_factor(module: LoraLayer, adapter_name: str, *, safe_merge: bool) -> Tensor:
     """Return the factor on the weight without other merged adapters, and keep it for unmerging."""
     with module._unmerged_base_weight(safe_merge=safe_merge) as weight:
-        factor = _factor(module, adapter_name, weight).detach()
+        magnitude = module.lora_magnitude_vector[adapter_name].weight
+        factor = magnitude_factor(magnitude, row_norms(module, weight)).detach()
     module._cache_store(f"{adapter_name}-dead", factor)
     return factor

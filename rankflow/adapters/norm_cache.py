@@ -61,7 +61,8 @@ class NormCache:
         factors = stored_factors(layer, adapter_name)
         weight = layer.get_base_layer().weight
         seen_weight = (_identity(weight), Epoch.steps if weight.requires_grad else None)
-        seen = (Epoch.steps, scale, seen_weight, *(_identity(factor) for factor in factors))
+        epoch = Epoch.steps if len(A) > 0 else None  # W alone is not what optimizers change
+        seen = (epoch, scale, seen_weight, *(_identity(factor) for factor in factors))
         if self._norms is None or seen != self._seen:
             with torch.inference_mode(False):  # training may follow
                 if seen_weight != self._seen_weight:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from rankflow.adapters import norm_cache
+from rankflow.adapters.row_norms import measure_norms
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import sync_config
@@ -420,3 +422,30 @@ def test_a_revived_site_computes_as_stock_peft_does(dead, layer_case):
     update = (site.scale * site.B.flatten(1) @ site.A.flatten(1)).detach()
     expected = dense_output(layer_case, site, x, update)
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_norm_of_a_dead_site_is_taken_once_for_each_base_weight(
+    layer_case, host, adapt, monkeypatch
+):
+    model = adapt(host(layer_case), use_dora=True)
+    (site,) = find_sites(model)
+    kill(site)
+    taken = []
+
+    def measure(*args, **kwargs):
+        taken.append(1)
+        return measure_norms(*args, **kwargs)
+
+    monkeypatch.setattr(norm_cache, "measure_norms", measure)
+    optimizer = torch.optim.AdamW([site.magnitude], lr=0.1)
+    x = layer_case.inputs()
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert len(taken) == 1
+    with torch.no_grad():
+        site.layer.get_base_layer().weight.mul_(torch.rand(1) + 0.5).add_(0.1)
+    torch.testing.assert_close(
+        model(x).double(), dense_output(layer_case, site, x), rtol=1e-5, atol=1e-5
+    )
+    assert len(taken) == 2
