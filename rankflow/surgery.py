@@ -76,7 +76,7 @@ def resize(
     plan: RankPlan,
     optimizer: Optimizer | None,
     newborns: Newborns,
-    renormalise: Renormalise = "keep-scale",
+    renormalise: Renormalise = "none",
 ) -> None:
     """Carry out a plan on the sites and on the optimizer's state, wholly or not at all.
 
@@ -110,7 +110,7 @@ def resize_in_place(
     sites: Sequence[Site],
     plan: RankPlan,
     newborns: Newborns,
-    renormalise: Renormalise = "keep-scale",
+    renormalise: Renormalise = "none",
 ) -> None:
     """Carry out a plan before training, keeping the identity of every parameter.
 

@@ -176,7 +176,6 @@ def start(use_dora):
         decay=0.9,
         policy="threshold",
         recycle=0.0,
-        renormalise="none",  # the paper knows no magnitude, and the reference keeps it
         seed=1,
     )
     flow = RankFlow(model, budget, STEPS)

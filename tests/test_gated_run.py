@@ -260,7 +260,8 @@ def test_a_pruned_site_keeps_the_scale_of_its_rows(name):
 
     before = list(factors())
     keep = tuple(np.array([0]) for _ in flow._sites)
-    resize(flow._sites, RankPlan(keep, np.zeros(4, np.int64)), optimizer, newborns())
+    plan = RankPlan(keep, np.zeros(4, np.int64))
+    resize(flow._sites, plan, optimizer, newborns(), renormalise="keep-scale")
     for old, new in zip(before, factors(), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-5, atol=0)
 

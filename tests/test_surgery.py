@@ -1,6 +1,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,13 +9,13 @@ import torch
 import transformers
 from torch import nn
 
+from rankflow import surgery
 from rankflow.adapters.dead import DeadVariant
 from rankflow.adapters.dora import accelerate_dora
 from rankflow.adapters.newborns import orthogonal
 from rankflow.adapters.sites import Site, find_sites
 from rankflow.errors import SurgeryError
 from rankflow.records import RankPlan
-from rankflow.surgery import resize, resize_in_place
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -36,6 +37,10 @@ PLANS = {
     "to nothing": ([[], [], FULL, [], []], [0, 0, 0, 0, 0]),
     "all new": ([[], [], [], [], []], [1, 2, 3, 2, 1]),
 }
+
+# Rescaled magnitudes are the most that an event can change.
+resize = partial(surgery.resize, renormalise="keep-scale")
+resize_in_place = partial(surgery.resize_in_place, renormalise="keep-scale")
 
 
 @pytest.fixture(params=OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
@@ -776,7 +781,7 @@ def test_births_alone_leave_magnitudes_alone(renormalise, mixed):
     model = mixed(use_dora=True)
     sites = find_sites(model)
     slots = [site.magnitude for site in sites]
-    resize(sites, make_plan([FULL] * 5, [1] * 5), None, newborns(), renormalise)
+    resize(sites, make_plan([FULL] * 5, [1] * 5), None, newborns(), renormalise=renormalise)
     assert all(site.magnitude is slot for site, slot in zip(sites, slots, strict=True))
 
 

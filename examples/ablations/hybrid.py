@@ -30,13 +30,15 @@ import torch
 from cell import Cell, Method, run_cell
 from report import render
 
+KEPT = {"renormalise": "keep-scale"}
 METHODS = {
     "lora": Method(use_dora=False, preset="fixed"),
     "dora": Method(use_dora=True, preset="fixed"),
     "hybrid": Method(use_dora=True, preset="hybrid"),
-    "hybrid-no-growth": Method(True, "hybrid", {"recycle": 0.0}),
-    "hybrid-constant": Method(True, "hybrid", {"start": 1.0}),
-    "hybrid-all-magnitudes": Method(True, "hybrid", {"magnitude": "always"}),
+    "hybrid-keep-scale": Method(True, "hybrid", KEPT),
+    "hybrid-no-growth": Method(True, "hybrid", {"recycle": 0.0, **KEPT}),
+    "hybrid-constant": Method(True, "hybrid", {"start": 1.0, **KEPT}),
+    "hybrid-all-magnitudes": Method(True, "hybrid", {"magnitude": "always", **KEPT}),
     "hybrid-lora": Method(False, "hybrid", {"magnitude": "always"}),
 }
 DATA = ("clinc150", "wordnet40")

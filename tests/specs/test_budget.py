@@ -132,7 +132,7 @@ SOUND = {
     "hysteresis": 0.5,
     "protect": 1,
     "magnitude": "budgeted",
-    "renormalise": "none",
+    "renormalise": "keep-scale",
     "grow": "random",
     "grow_steps": 2,
     "min_rank": 1,
