@@ -445,3 +445,16 @@ def test_gates_put_on_by_hand_are_steered_too():
     optimizer = make_optimizer(model)
     train(model, flow, optimizer)
     assert flow.spent == sum(p.numel() for p in trained_parameters(model).values()) <= flow.limit
+
+
+@pytest.mark.parametrize("name", ["starve", "vera", "vera that moves"])
+def test_magnitudes_of_gated_sites_compete_at_their_price(name):
+    model = make_model(use_dora=True)
+    spec = budget_of(name, True).model_copy(update={"magnitude": "budgeted", "score": "norm"})
+    flow = RankFlow(model, spec, STEPS)
+    optimizer = make_optimizer(model)
+    train(model, flow, optimizer)
+    assert any(c.component is None for event in flow.history for c in event.pruned)
+    for event in flow.history:
+        assert event.spent <= event.limit
+    assert flow.spent == flow.history[-1].spent <= flow.resolved.target

@@ -29,6 +29,8 @@ def magnitude_pool(site: SiteInfo) -> SiteInfo:
         min_rank=0,
         max_rank=1,
         is_budgeted=False,
+        has_gate=False,
+        has_row_gate=False,
     )
 
 

@@ -342,3 +342,10 @@ def test_the_end_of_the_window_moves_nothing():
     scheduler = make_scheduler(limit=limit, recycle=1.0)
     assert scheduler.plan(table, 10).magnitudes[0]
     assert not scheduler.plan(table, 80).magnitudes[0]
+
+
+@pytest.mark.parametrize("gates", [{"has_gate": True}, {"has_gate": True, "has_row_gate": True}])
+def test_a_magnitude_costs_its_rows_whatever_its_site_is_made_of(gates):
+    site = SiteInfo("a", "linear", 6, 4, True, 0, 4, is_budgeted=True, **gates)
+    _, pool = with_pools([site])
+    assert (pool.component_cost, pool.fixed_cost) == (4, 0)
