@@ -27,7 +27,7 @@ from rankflow import dem, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gating import check_untrained, convert, start_gates
-from rankflow.adapters.sites import find_sites
+from rankflow.adapters.sites import find_sites, magnitudes_on
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.adapters.vera import draw_matrices, share_matrices, start_vectors
@@ -46,14 +46,9 @@ from rankflow.fairstart import FairStart
 from rankflow.growing import Growth
 from rankflow.importance.gradients import StepGradients
 from rankflow.importance.norms import Norm
-from rankflow.records import (
-    BoolArray,
-    ComponentTable,
-    IntArray,
-    RankEvent,
-)
+from rankflow.records import BoolArray, ComponentTable, IntArray, RankEvent
 from rankflow.specs.budget import BudgetSpec
-from rankflow.tracking import Tracker, magnitudes_on
+from rankflow.tracking import Tracker
 
 _EVENTS = TypeAdapter(list[RankEvent])
 
@@ -112,9 +107,9 @@ class RankFlow:
         self._sites = find_sites(model, adapter_name)
         check_trainable(model, adapter_name, self._sites)
         is_new = self._sites[0].gate is None
-        if is_new and budget.components != "factors" and resume is None:
-            check_untrained(self._sites)
         if is_new:
+            if budget.components != "factors" and resume is None:
+                check_untrained(self._sites)
             convert(self._sites, budget.components)
         self.resolved = resolve_budget(
             budget,
@@ -414,7 +409,7 @@ class RankFlow:
         return event
 
     def _look_ahead(self) -> None:
-        self._growth.look_ahead(self._steps, spent=self.spent, event=len(self.history))
+        self._growth.look_ahead(self._steps, event=len(self.history))
 
     def _gated_factors(self) -> dict[str, Tensor]:
         """Return B and the gates of every gated site by name; the tensors are the live ones."""

@@ -2,14 +2,7 @@
 
 import numpy as np
 
-from rankflow.records import (
-    BoolArray,
-    ComponentChange,
-    ComponentTable,
-    MagnitudeTable,
-    RankEvent,
-    RankPlan,
-)
+from rankflow.records import BoolArray, ComponentChange, ComponentTable, RankEvent, RankPlan
 
 _BORN = "demand per parameter"
 
@@ -28,24 +21,35 @@ def describe(
         seconds: Wall time of the event.
     """
     names = [site.name for site in table.sites]
-    on = None if table.magnitudes is None else table.magnitudes.on
-    over_budget = table.cost_of(table.ranks, on) > limit
-    reason = "the budget fell" if over_budget else "another site promises more"
+    before, after = _magnitudes(table, plan)
+    spent_before = table.cost_of(table.ranks, before)
+    reason = "the budget fell" if spent_before > limit else "another site promises more"
     importance = np.bincount(table.site_index, weights=table.scores, minlength=len(names))
     return RankEvent(
         index=index,
         step=step,
         limit=limit,
-        spent_before=table.cost_of(table.ranks, on),
-        spent=table.cost_of(plan.ranks, None if on is None else plan.magnitudes),
+        spent_before=spent_before,
+        spent=table.cost_of(plan.ranks, after),
         ranks_before=dict(zip(names, table.ranks.tolist(), strict=True)),
         ranks=dict(zip(names, plan.ranks.tolist(), strict=True)),
         importance=dict(zip(names, importance.tolist(), strict=True)),
-        pruned=(*_pruned(table, plan, reason), *_turned_off(table, plan, reason)),
-        born=(*_born(table, plan), *_turned_on(table, plan)),
+        pruned=(*_pruned(table, plan, reason), *_changes(table, before & ~after, reason)),
+        born=(*_born(table, plan), *_changes(table, after & ~before, _BORN)),
         seconds=seconds,
-        magnitudes=_magnitudes(table, plan),
+        magnitudes={}
+        if table.magnitudes is None
+        else dict(zip(names, after.tolist(), strict=True)),
     )
+
+
+def _magnitudes(table: ComponentTable, plan: RankPlan) -> tuple[BoolArray, BoolArray]:
+    """Return which sites train a budgeted magnitude before and after, each shape ``(S,)``."""
+    if table.magnitudes is None:
+        none = np.zeros(len(table.sites), dtype=np.bool_)
+        return none, none
+    before = table.magnitudes.on
+    return before, before if plan.magnitudes is None else plan.magnitudes
 
 
 def _pruned(table: ComponentTable, plan: RankPlan, reason: str) -> tuple[ComponentChange, ...]:
@@ -67,31 +71,12 @@ def _born(table: ComponentTable, plan: RankPlan) -> tuple[ComponentChange, ...]:
     )
 
 
-def _turned_off(table: ComponentTable, plan: RankPlan, reason: str) -> tuple[ComponentChange, ...]:
-    if table.magnitudes is None or plan.magnitudes is None:
+def _changes(table: ComponentTable, changed: BoolArray, reason: str) -> tuple[ComponentChange, ...]:
+    """Tell of the magnitudes that changed; there are none where the budget does not cover them."""
+    if table.magnitudes is None:
         return ()
-    gone = table.magnitudes.on & ~plan.magnitudes
-    return _magnitude_changes(table, table.magnitudes, gone, reason)
-
-
-def _turned_on(table: ComponentTable, plan: RankPlan) -> tuple[ComponentChange, ...]:
-    if table.magnitudes is None or plan.magnitudes is None:
-        return ()
-    new = plan.magnitudes & ~table.magnitudes.on
-    return _magnitude_changes(table, table.magnitudes, new, _BORN)
-
-
-def _magnitude_changes(
-    table: ComponentTable, magnitudes: MagnitudeTable, changed: BoolArray, reason: str
-) -> tuple[ComponentChange, ...]:
+    scores = table.magnitudes.scores
     return tuple(
-        ComponentChange(table.sites[s].name, None, float(magnitudes.scores[s]), reason)
+        ComponentChange(table.sites[s].name, None, float(scores[s]), reason)
         for s in np.flatnonzero(changed)
     )
-
-
-def _magnitudes(table: ComponentTable, plan: RankPlan) -> dict[str, bool]:
-    if table.magnitudes is None or plan.magnitudes is None:
-        return {}
-    names = [site.name for site in table.sites]
-    return dict(zip(names, plan.magnitudes.tolist(), strict=True))

@@ -32,12 +32,11 @@ class Growth:
         self._resolved = resolved
         self.sketch = GradientSketch(sites, width=_WIDTH, seed=budget.seed)
 
-    def look_ahead(self, step: int, *, spent: int, event: int) -> None:
+    def look_ahead(self, step: int, event: int) -> None:
         """Sketch gradients from the next step on if an event with possible births is near.
 
         Args:
             step: Optimizer steps taken.
-            spent: Trainable adapter parameters now.
             event: Running number of the next event.
         """
         if self._budget.grow != "gradient" or self._resolved.is_static or self.sketch.is_open:
@@ -47,6 +46,7 @@ class Growth:
         due = next((later for later in ahead if scheduler.is_due(later)), None)
         if due is None:
             return
+        spent = sum(site.parameters for site in self._sites)
         sites = zip(self._sites, self._resolved.sites, strict=True)
         costs = [info.component_cost for site, info in sites if site.rank < info.max_rank]
         if costs and scheduler.allowance(spent, due) >= min(costs):

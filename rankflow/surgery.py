@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.adapters.newborns import Newborns
 from rankflow.adapters.rebuild import grow, rebuild_factors, rebuild_magnitude
-from rankflow.adapters.sites import Site
+from rankflow.adapters.sites import Site, magnitudes_on
 from rankflow.errors import SurgeryError
 from rankflow.records import IntArray, RankPlan
 from rankflow.specs.budget import Renormalise
@@ -192,9 +191,7 @@ def check_state(site: Site, optimizer: Optimizer) -> None:
 
 def _split_plan(sites: Sequence[Site], plan: RankPlan) -> list[_SitePlan]:
     """Check a plan against the sites, and hand out its parts."""
-    magnitudes = plan.magnitudes
-    if magnitudes is None:
-        magnitudes = np.array([site.magnitude is not None for site in sites], dtype=np.bool_)
+    magnitudes = magnitudes_on(sites) if plan.magnitudes is None else plan.magnitudes
     if not len(sites) == len(plan.keep) == len(plan.births) == len(magnitudes):
         raise SurgeryError(
             f"the plan speaks of {len(plan.keep)} sites and the model has {len(sites)}"

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankflow.adapters.sites import Site
+from rankflow.adapters.sites import Site, magnitudes_on
 from rankflow.allocation.demand import estimate_demand, price_by_gradient
 from rankflow.importance.registry import make_scorers
-from rankflow.records import BoolArray, ComponentTable, MagnitudeTable, RankPlan, SiteInfo
+from rankflow.records import ComponentTable, MagnitudeTable, RankPlan, SiteInfo
 from rankflow.specs.budget import BudgetSpec
 
 
@@ -101,8 +101,3 @@ class Tracker:
             start = f"{what}."
             own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
             scorer.load(own)
-
-
-def magnitudes_on(sites: Sequence[Site]) -> BoolArray:
-    """Return which sites train a magnitude now, shape ``(S,)``."""
-    return np.array([site.magnitude is not None for site in sites], dtype=np.bool_)

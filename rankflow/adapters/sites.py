@@ -15,7 +15,9 @@ embedding   ``(rank, vocabulary)``        ``(width, rank)``
 """
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant, MultiheadAttention, ParamWrapper
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from rankflow.adapters.dead import DeadVariant
 from rankflow.adapters.gate import GatedVariant, effective_B, find_gate, find_row_gate
 from rankflow.errors import SiteError
-from rankflow.records import SiteInfo, SiteKind
+from rankflow.records import BoolArray, SiteInfo, SiteKind
 from rankflow.specs.budget import MagnitudeMode
 
 _SUPPORTED_VARIANTS = (
@@ -108,7 +110,7 @@ class Site:
 
     @property
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters of the site, by the names that ``install`` has for them."""
+        """What ``install`` puts in place, by its names: all that a resize may change."""
         gate, magnitude = self.gate, self.magnitude_slot
         named = {"A": self.A, "B": self.B, "gate": gate, "magnitude": magnitude}
         return {name: parameter for name, parameter in named.items() if parameter is not None}
@@ -252,9 +254,10 @@ class Site:
         """Let PEFT compute what the site is now: dead, gated, DoRA or plain LoRA."""
         variant: LoraVariant | None = None  # PEFT's own LoRA
         if self.magnitude_slot is not None:
-            setattr(self._magnitude_module, _ASIDE, self.dora_variant)
+            dora = self.dora_variant
+            setattr(self._magnitude_module, _ASIDE, dora)
             if self.magnitude is not None:
-                variant = self.dora_variant
+                variant = dora
         self.layer.lora_variant.pop(self.adapter_name, None)
         if self.gate is not None:
             variant = GatedVariant(variant)
@@ -291,6 +294,11 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[Site, .
         )
     _refuse_shared(sites)
     return tuple(sites)
+
+
+def magnitudes_on(sites: Sequence[Site]) -> BoolArray:
+    """Return which sites train a magnitude now, shape ``(S,)``."""
+    return np.array([site.magnitude is not None for site in sites], dtype=np.bool_)
 
 
 def lora_root(model: nn.Module, adapter_name: str) -> nn.Module:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rankflow.adapters.base_weight import base_rows, magnitude_factor
-from rankflow.adapters.row_norms import measure_norms
+from rankflow.adapters.dora import norms_of
 from rankflow.adapters.sites import Site
 
 
@@ -58,7 +58,7 @@ def _energies(site: Site) -> Tensor:
     lengths = A.square().sum(dim=1)  # (rank,)
     if site.magnitude is None:
         return site.scale**2 * lengths * B.square().sum(dim=0)
-    norms = measure_norms(site.layer, A, B, site.scale)  # (out,)
+    norms = norms_of(site).to(A.dtype)  # (out,)
     factor = magnitude_factor(site.magnitude, norms)
     # V A^T, with W A^T and the small Gram matrix instead of V
     along = base_rows(site.layer).to(A.dtype) @ A.T + site.scale * (B @ (A @ A.T))  # (out, rank)
