@@ -228,6 +228,7 @@ def test_a_newborn_s_gate_takes_the_adam_steps_of_step_0():
         lone.grad = torch.full_like(lone, gradient)
         optimizer.step()
         reference.step()
+        # float32: Adam divides by a second moment that was scaled up and will be corrected down.
         torch.testing.assert_close(site.gate[-1:], lone, rtol=1e-4, atol=1e-7)
 
 
@@ -283,6 +284,7 @@ def test_vera_of_a_fixed_rank_trains_like_pefts():
     torch.manual_seed(0)
     theirs = peft.get_peft_model(Net(), config)
     assert flow.spent == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    # Twelve float32 steps of Adam, whose first ones turn rounding of gradients into steps.
     torch.testing.assert_close(
         run(mine, make_optimizer(mine), flow.attach),
         run(theirs, make_optimizer(theirs), lambda optimizer: None),

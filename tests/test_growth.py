@@ -367,3 +367,30 @@ def test_the_first_updates_of_newborns_are_those_of_components_at_step_zero(use_
     assert len(ratios) >= 38
     assert all(1 / 1.01 < ratio < 1.01 for ratio in ratios)  # the promise is 1.5
     assert max(update_ratios(use_dora, fair=False)) > 3
+
+
+@pytest.mark.parametrize("grow", ["gradient", "orthogonal"])
+def test_a_site_that_begins_without_components_gets_some_if_its_gradient_asks(grow):
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("a", "b")})
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["a", "b"])
+    model = peft.get_peft_model(layers, config)
+    spec = BudgetSpec(
+        params=16, every=5, recycle=1.0, hysteresis=0.0, protect=0, cooldown=0.2, grow=grow
+    )
+    flow = RankFlow(model, spec, total_steps=60)
+    (dead,) = (name for name, rank in flow.ranks.items() if rank == 0)
+    missing = torch.outer(torch.randn(8), torch.randn(8))
+    truths = {
+        name: layer.base_layer.weight + missing * (name == dead) for name, layer in layers.items()
+    }
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(60):
+        x = torch.randn(64, 8)
+        noisy = {name: x @ truth.T + 0.1 * torch.randn(64, 8) for name, truth in truths.items()}
+        sum((layers[name](x) - y).square().mean() for name, y in noisy.items()).backward()
+        flow.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        flow.step(optimizer)
+    assert (flow.ranks[dead] == 1) is (grow == "gradient")

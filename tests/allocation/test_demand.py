@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankflow.allocation.demand import estimate_demand
+from rankflow.allocation.demand import estimate_demand, price_by_gradient
 
 
 def estimate(scores, mature=None, remembered=None):
@@ -59,3 +59,21 @@ def test_the_estimate_is_finite_and_at_least_zero(sites, data):
             assert now == pytest.approx(min(score for score, _ in site), rel=0)
         else:
             assert now == 0
+
+
+def test_a_site_promises_no_more_than_its_gradient_pays_for():
+    demand, energy = np.array([4.0, 6.0, 1.0, 2.0]), np.array([2.0, 1.0, 0.5, 0.0])
+    promised = price_by_gradient(demand, np.array([1, 2, 3, 1]), energy)
+    assert promised.tolist() == [4, 2, 1, 2]  # the median price is 2; the last was not measured
+
+
+def test_a_dead_site_of_which_nothing_is_known_promises_what_its_gradient_pays_for():
+    demand, energy = np.array([3.0, 0.0, 0.0, 5.0]), np.array([1.0, 4.0, 4.0, 0.0])
+    promised = price_by_gradient(demand, np.array([1, 0, 2, 0]), energy)
+    assert promised.tolist() == [3, 12, 0, 5]  # the third is alive and young, the fourth remembered
+
+
+@pytest.mark.parametrize(("demand", "energy"), [([2.0, 0.0], [0.0, 0.0]), ([0.0, 0.0], [1.0, 3.0])])
+def test_without_a_price_promises_stay_what_they_are(demand, energy):
+    promised = price_by_gradient(np.array(demand), np.array([1, 0]), np.array(energy))
+    assert promised.tolist() == demand
