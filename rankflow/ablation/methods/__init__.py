@@ -1,0 +1,1 @@
+"""The methods that an ablation can compare, each a short declaration."""
