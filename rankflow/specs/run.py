@@ -31,6 +31,7 @@ from rankflow.specs.reading import (
 Task = Literal["sequence-classification", "token-classification", "causal-lm", "seq2seq-lm"]
 Pooling = Literal["mean", "cls", "model"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
 
 BUILT_IN_MODEL: Final = "minilm"
 BUILT_IN_DATA: Final = "docstrings"
@@ -85,6 +86,7 @@ class ModelSpec(Spec):
             architecture's own head.
         dtype: Type of the base weights.
         revision: Commit, tag or branch of a hub id.
+        attention: Implementation of attention; None for the one that transformers chooses.
     """
 
     name: Annotated[Text, AfterValidator(_is_model)] = Field(
@@ -94,6 +96,7 @@ class ModelSpec(Spec):
     pooling: Pooling = "model"
     dtype: Dtype = "float32"
     revision: Text | None = None
+    attention: Attention | None = None
 
     def contradictions(self) -> Iterator[Fault]:
         """Faults between keys that are sound by themselves."""
