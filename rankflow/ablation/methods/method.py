@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import TrainerCallback
 
+from rankflow.ablation.records import RankHistory
 from rankflow.errors import RankFlowError
 from rankflow.specs.budget import BudgetSpec
 from rankflow.specs.run import ModelSpec
@@ -22,21 +23,25 @@ class Setting:
     """What a method has to fit into.
 
     Attributes:
-        model: The base model and its task.
+        model: The base model and its task; None for the planted teacher.
         adapter: Keywords of ``peft.LoraConfig``; other methods take ``target_modules`` from it,
             and what else they have in common with LoRA.
         parameters: The budget: trainable parameters, a task head left out.
+        rank: The budget as the rank of plain LoRA.
         steps: Optimizer steps of the run.
         seed: Seed of the run.
         options: What the spec's ``[method.NAME]`` says beyond the declaration.
+        learned: The ranks of the run that a control retrains; None for other methods.
     """
 
-    model: ModelSpec
+    model: ModelSpec | None
     adapter: Mapping[str, Any]
     parameters: int
+    rank: float
     steps: int
     seed: int
     options: Mapping[str, Any]
+    learned: RankHistory | None = None
 
 
 @dataclass(frozen=True, slots=True)
