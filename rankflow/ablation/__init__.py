@@ -1,0 +1,1 @@
+"""Ablations: every method at equal parameters, with honest statistics."""
