@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from typing import Final
 
-from scipy import stats
+from scipy import special, stats
 
 from rankflow.errors import RankFlowError
 
@@ -68,8 +68,10 @@ def paired_power(effect: float, pairs: int, alpha: float = 0.05) -> float:
     >>> round(paired_power(0.5, 34), 3)
     0.808
     """
-    bar = stats.t.isf(alpha / 2, pairs - 1) ** 2
-    return float(stats.ncf.sf(bar, 1, pairs - 1, pairs * effect**2))
+    bar = special.stdtrit(pairs - 1, alpha / 2) ** 2
+    shift = pairs * effect**2
+    # Without a shift scipy's answer is NaN.
+    return float(stats.ncf.sf(bar, 1, pairs - 1, shift)) if shift else alpha
 
 
 def pairs_needed(
