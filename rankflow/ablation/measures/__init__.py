@@ -1,0 +1,1 @@
+"""What an ablation measures beside quality."""
