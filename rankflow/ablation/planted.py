@@ -234,7 +234,7 @@ def _quadrature(width: int) -> Tensor:
     """Return the points ``(2 width, width)``; turned at random, or a point would see one input."""
     random = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(width, width, generator=random)).Q * math.sqrt(width)
-    return basis
+    return torch.cat([basis, -basis])
 
 
 def rank_recovery(ranks: Mapping[str, int], true_ranks: Mapping[str, int]) -> float:
