@@ -24,7 +24,7 @@ def add_adapter(base: BaseModel, spec: ModelSpec, adapter: Mapping[str, Any]) ->
     """
     full = {*(adapter.get("modules_to_save") or ()), *base.full_modules}
     config = LoraConfig(
-        task_type=_task_type(spec), **{**adapter, "modules_to_save": sorted(full) or None}
+        task_type=task_type(spec), **{**adapter, "modules_to_save": sorted(full) or None}
     )
     linear = {
         name.rpartition(".")[2]
@@ -40,7 +40,8 @@ def add_adapter(base: BaseModel, spec: ModelSpec, adapter: Mapping[str, Any]) ->
         ) from error
 
 
-def _task_type(spec: ModelSpec) -> TaskType:
+def task_type(spec: ModelSpec) -> TaskType:
+    """Return PEFT's name for the task; a classifier that pools is a token classifier."""
     if spec.task == "causal-lm":
         return TaskType.CAUSAL_LM
     if spec.task == "seq2seq-lm":
