@@ -42,7 +42,10 @@ def add_adapter(base: BaseModel, spec: ModelSpec | None, adapter: Mapping[str, A
 
 
 def task_type(spec: ModelSpec | None) -> TaskType | None:
-    """Return the class of ``PeftModel`` that hosts the task; None for the bare one."""
+    """Return PEFT's name for the task; a classifier that pools is a token classifier.
+
+    None for a model that is not of transformers.
+    """
     if spec is None:
         return None
     if spec.task == "causal-lm":
