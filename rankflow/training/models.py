@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,12 +44,17 @@ class BaseModel:
     full_modules: tuple[str, ...]
 
 
-def load_base_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
+def load_base_model(
+    spec: ModelSpec,
+    labels: tuple[str, ...],
+    quantization: BitsAndBytesConfig | None = None,
+) -> BaseModel:
     """Load the pretrained weights under a head for the task.
 
     Args:
         spec: Which model, for which task.
         labels: Class names by index; empty for language models.
+        quantization: How to store the linear layers in fewer bits; None keeps the spec's ``dtype``.
 
     Raises:
         SpecError: There is no such model, or none of its kind for the task, or with its attention.
@@ -64,6 +70,7 @@ def load_base_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
                 config=config,
                 revision=spec.revision,
                 dtype=spec.dtype,
+                quantization_config=quantization,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
