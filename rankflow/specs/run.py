@@ -31,6 +31,7 @@ from rankflow.specs.reading import (
 Task = Literal["sequence-classification", "token-classification", "causal-lm", "seq2seq-lm"]
 Pooling = Literal["mean", "cls", "model"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
 
 BUILT_IN_MODEL: Final = "minilm"
 BUILT_IN_DATA: Final = "docstrings"
@@ -85,6 +86,7 @@ class ModelSpec(Spec):
             architecture's own head.
         dtype: Type of the base weights.
         revision: Commit, tag or branch of a hub id.
+        attention: Implementation of attention; None for the one that transformers chooses.
     """
 
     name: Annotated[Text, AfterValidator(_is_model)] = Field(
@@ -94,6 +96,7 @@ class ModelSpec(Spec):
     pooling: Pooling = "model"
     dtype: Dtype = "float32"
     revision: Text | None = None
+    attention: Attention | None = None
 
     def contradictions(self) -> Iterator[Fault]:
         """Faults between keys that are sound by themselves."""
@@ -218,14 +221,16 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     document, document_faults = check(_Document, content)
     tables = {key: table for key, table in content.items() if isinstance(table, dict)}
     tables = {"adapter": {}, "train": {}} | tables
-    sections, section_faults = _check_tables(_resolve_paths(tables, path.parent))
+    sections, section_faults = _check_tables(resolve_paths(tables, path.parent))
     source = f"run {str(path)!r} with overrides" if overrides else f"run {str(path)!r}"
-    raise_faults(source, [*faults, *document_faults, *section_faults, *_column_faults(tables)])
+    raise_faults(source, [*faults, *document_faults, *section_faults, *check_columns(tables)])
     assert document is not None
     return _assemble(document, sections)
 
 
-def _resolve_paths(tables: Mapping[str, Table], folder: Path) -> dict[str, Table]:
+def resolve_paths(tables: Mapping[str, Table], folder: Path) -> dict[str, Table]:
+    """Let the relative paths of a spec's tables start at a folder."""
+
     def beside(value: Any) -> Any:
         if isinstance(value, list):
             return [beside(item) for item in value]
@@ -235,6 +240,8 @@ def _resolve_paths(tables: Mapping[str, Table], folder: Path) -> dict[str, Table
     for key, value in tables.get("data", {}).items():
         if key in _FILE_KEYS:
             resolved["data"][key] = beside(value)
+    if "data" in tables.get("forgetting", {}):
+        resolved["forgetting"]["data"] = beside(tables["forgetting"]["data"])
     model = tables.get("model", {}).get("name")
     is_local = isinstance(model, str) and model not in ("", BUILT_IN_MODEL)
     if is_local and Path(beside(model)).is_dir():
@@ -249,7 +256,7 @@ def _check_tables(tables: Mapping[str, Table]) -> tuple[dict[str, Any], list[Fau
     checks: dict[str, Callable[[Table], tuple[Any, list[Fault]]]] = {
         "model": partial(check, ModelSpec),
         "data": partial(check, DataSpec),
-        "adapter": _check_adapter,
+        "adapter": check_adapter_table,
         "budget": _check_budget,
         "train": lambda table: (table, check_train(table)),
     }
@@ -261,7 +268,8 @@ def _check_tables(tables: Mapping[str, Table]) -> tuple[dict[str, Any], list[Fau
     return sections, faults
 
 
-def _check_adapter(table: Table) -> tuple[Table, list[Fault]]:
+def check_adapter_table(table: Table) -> tuple[Table, list[Fault]]:
+    """Complete an ``[adapter]`` table by its defaults, and return its faults."""
     keywords = {"target_modules": "all-linear"} | table
     return keywords, check_adapter(keywords)
 
@@ -281,7 +289,7 @@ def _check_budget(table: Table) -> tuple[BudgetSpec | None, list[Fault]]:
     return spec, faults + found
 
 
-def _column_faults(tables: Mapping[str, Table]) -> Iterator[Fault]:
+def check_columns(tables: Mapping[str, Table]) -> Iterator[Fault]:
     """Faults between the task and the data, told from what was written, sound or not."""
     task = tables.get("model", {}).get("task")
     data = tables.get("data", {})

@@ -11,12 +11,12 @@ from rankflow.specs.run import ModelSpec
 from rankflow.training.models import BaseModel
 
 
-def add_adapter(base: BaseModel, spec: ModelSpec, adapter: Mapping[str, Any]) -> PeftModel:
+def add_adapter(base: BaseModel, spec: ModelSpec | None, adapter: Mapping[str, Any]) -> PeftModel:
     """Wrap the base model; what trains is the adapter, and the task head in full.
 
     Args:
         base: The loaded base model, changed in place.
-        spec: The run's ``[model]``.
+        spec: The run's ``[model]``; None for a model that is not of transformers.
         adapter: The run's ``[adapter]``, passed to ``peft.LoraConfig``.
 
     Raises:
@@ -24,23 +24,30 @@ def add_adapter(base: BaseModel, spec: ModelSpec, adapter: Mapping[str, Any]) ->
     """
     full = {*(adapter.get("modules_to_save") or ()), *base.full_modules}
     config = LoraConfig(
-        task_type=_task_type(spec), **{**adapter, "modules_to_save": sorted(full) or None}
+        task_type=task_type(spec), **{**adapter, "modules_to_save": sorted(full) or None}
     )
     linear = {
         name.rpartition(".")[2]
         for name, module in base.model.named_modules()
         if isinstance(module, nn.Linear)
     }
+    name = f"'{spec.name}'" if spec is not None else type(base.model).__name__
     try:
         return get_peft_model(base.model, config)
     except (TypeError, ValueError) as error:
         raise SpecError(
             f"[adapter] target_modules = {adapter.get('target_modules')!r}: {error} The linear "
-            f"modules of '{spec.name}' are called {', '.join(sorted(linear))}"
+            f"modules of {name} are called {', '.join(sorted(linear))}"
         ) from error
 
 
-def _task_type(spec: ModelSpec) -> TaskType:
+def task_type(spec: ModelSpec | None) -> TaskType | None:
+    """Return PEFT's name for the task; a classifier that pools is a token classifier.
+
+    None for a model that is not of transformers.
+    """
+    if spec is None:
+        return None
     if spec.task == "causal-lm":
         return TaskType.CAUSAL_LM
     if spec.task == "seq2seq-lm":

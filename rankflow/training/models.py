@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,15 +44,20 @@ class BaseModel:
     full_modules: tuple[str, ...]
 
 
-def load_base_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
+def load_base_model(
+    spec: ModelSpec,
+    labels: tuple[str, ...],
+    quantization: BitsAndBytesConfig | None = None,
+) -> BaseModel:
     """Load the pretrained weights under a head for the task.
 
     Args:
         spec: Which model, for which task.
         labels: Class names by index; empty for language models.
+        quantization: How to store the linear layers in fewer bits; None keeps the spec's ``dtype``.
 
     Raises:
-        SpecError: There is no such model, or none of its kind for the task.
+        SpecError: There is no such model, or none of its kind for the task, or with its attention.
         RankFlowError: The checkpoint is incomplete, or the tokenizer is another model's.
     """
     path = locate(spec.name)
@@ -64,11 +70,12 @@ def load_base_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
                 config=config,
                 revision=spec.revision,
                 dtype=spec.dtype,
+                quantization_config=quantization,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError) as error:
-        raise SpecError(f"[model] name = '{spec.name}': {error}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise _refusal(spec, error) from error
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     check_vocabulary(model, tokenizer)
     if model.config.pad_token_id is None:  # decoders that classify look for the last real token
@@ -81,15 +88,15 @@ def build_meta_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
     """Build the model without numbers, on the ``meta`` device; nothing of its weights is read.
 
     Raises:
-        SpecError: There is no such model, or none of its kind for the task.
+        SpecError: There is no such model, or none of its kind for the task, or with its attention.
         RankFlowError: The tokenizer is another model's.
     """
     config, tokenizer = load_config(spec, labels), load_tokenizer(spec)
     try:
         with torch.device("meta"):
             model = auto_class(spec).from_config(config, dtype=getattr(torch, spec.dtype))
-    except ValueError as error:
-        raise SpecError(f"[model] name = '{spec.name}': {error}") from error
+    except (ValueError, ImportError) as error:
+        raise _refusal(spec, error) from error
     check_vocabulary(model, tokenizer)
     return BaseModel(model, tokenizer, (), _head_modules(model, spec))
 
@@ -119,11 +126,11 @@ def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
         SpecError: There is no such model.
     """
     settings: dict[str, Any] = {}
+    if spec.attention is not None:
+        settings["attn_implementation"] = spec.attention
     if labels:
-        settings = {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-        }
+        settings["id2label"] = dict(enumerate(labels))
+        settings["label2id"] = {label: index for index, label in enumerate(labels)}
     try:
         config = AutoConfig.from_pretrained(locate(spec.name), revision=spec.revision, **settings)
     except (OSError, ValueError) as error:
@@ -208,6 +215,15 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"the tokenizer's highest id is {highest}, but the model's embedding has {rows} rows: "
             "they do not belong together; put the model's own tokenizer files into its folder"
         )
+
+
+def _refusal(spec: ModelSpec, error: Exception) -> SpecError:
+    if spec.attention is None:
+        return SpecError(f"[model] name = '{spec.name}': {error}")
+    return SpecError(
+        f"[model] name = '{spec.name}', attention = '{spec.attention}': {error}; where it is the "
+        "attention that this model or machine lacks, leave the key out"
+    )
 
 
 def _new_modules(absent: list[str], prefix: str, spec: ModelSpec) -> tuple[str, ...]:

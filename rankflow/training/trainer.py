@@ -37,11 +37,33 @@ class PooledTrainer(RankFlowTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the cross entropy of the pooled logits, and these logits if asked for."""
-        features = {key: value for key, value in inputs.items() if key != "labels"}
-        token_logits = model(**features).logits  # (batch, tokens, classes)
-        logits = pool(token_logits, inputs["attention_mask"], self._pooling)  # (batch, classes)
-        loss = functional.cross_entropy(logits, inputs["labels"])
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        return pooled_loss(model, inputs, self._pooling, return_outputs)
+
+
+def pooled_loss(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    pooling: TokenPooling,
+    return_outputs: bool = False,
+) -> Any:
+    """Compare one label per text with its pooled token logits.
+
+    Args:
+        model: A token classifier; the logits of virtual tokens, if any, come first.
+        inputs: A batch: ``labels`` of shape ``(batch,)``, and what the model takes.
+        pooling: How the logits of a text's tokens become one row.
+        return_outputs: Whether to return these logits too.
+
+    Returns:
+        The mean cross entropy; with outputs a pair of it and a dict that holds ``logits``, of
+        shape ``(batch, classes)``.
+    """
+    features = {key: value for key, value in inputs.items() if key != "labels"}
+    mask = inputs["attention_mask"]
+    token_logits = model(**features).logits[:, -mask.shape[1] :]  # (batch, tokens, classes)
+    logits = pool(token_logits, mask, pooling)  # (batch, classes)
+    loss = functional.cross_entropy(logits, inputs["labels"])
+    return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
 
 def make_trainer(spec: RunSpec, job: Job, args: TrainingArguments) -> RankFlowTrainer:

@@ -63,6 +63,7 @@ def test_a_run_fills_in_what_is_not_written(write):
     run = load_run(write(CLASSIFIER))
     assert (run.name, run.seed) == ("try", 0)
     assert (run.model.pooling, run.model.dtype, run.model.revision) == ("model", "float32", None)
+    assert run.model.attention is None
     assert run.data == DataSpec(name="docstrings")
     assert run.adapter == {"target_modules": "all-linear"}
     assert run.budget == load_budget("adalora", rank=4)
@@ -255,7 +256,11 @@ ONE_FAULT = {
     ),
     "model.trust_remote_code=true": (
         "model.trust_remote_code = true",
-        "unknown key; did you mean 'revision'?",
+        "unknown key; did you mean 'attention'?",
+    ),
+    "model.attention=flash": (
+        'model.attention = "flash"',
+        "must be 'eager', 'sdpa' or 'flash_attention_2'",
     ),
     "data.config=en": ('data.config = "en"', "only a hub id has configurations; remove it"),
     "data.train=[]": ("data.train = []", "must be a file or a list of files"),

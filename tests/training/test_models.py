@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertForTokenClassification, RobertaConfig
+from transformers.utils import is_flash_attn_2_available
 
 from rankflow.errors import RankFlowError, SpecError
 from rankflow.specs.run import ModelSpec
@@ -157,6 +158,22 @@ def test_positions_that_start_behind_the_padding_id_are_counted_so():
 def test_the_base_has_the_type_that_was_asked_for(bert_folder):
     base = load_base_model(classifier(bert_folder, dtype="bfloat16"), LABELS)
     assert base.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("build", [load_base_model, build_meta_model])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_is_the_one_that_was_asked_for(attention, build, bert_folder):
+    model = build(classifier(bert_folder, attention=attention), LABELS).model
+    assert model.config._attn_implementation == attention
+    assert model.bert.config._attn_implementation == attention
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="this machine has it")
+@pytest.mark.parametrize("build", [load_base_model, build_meta_model])
+def test_an_attention_that_this_machine_lacks_is_refused_by_name(build, bert_folder):
+    spec = classifier(bert_folder, attention="flash_attention_2")
+    with pytest.raises(SpecError, match=r"attention = 'flash_attention_2': .* leave the key out"):
+        build(spec, LABELS)
 
 
 def test_the_meta_model_has_the_shapes_of_the_real_one(bert_folder):

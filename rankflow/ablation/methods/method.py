@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import TrainerCallback
 
+from rankflow.ablation.records import RankHistory
 from rankflow.errors import RankFlowError
 from rankflow.specs.budget import BudgetSpec
 from rankflow.specs.run import ModelSpec
@@ -22,21 +23,25 @@ class Setting:
     """What a method has to fit into.
 
     Attributes:
-        model: The base model and its task.
+        model: The base model and its task; None for the planted teacher.
         adapter: Keywords of ``peft.LoraConfig``; other methods take ``target_modules`` from it,
             and what else they have in common with LoRA.
         parameters: The budget: trainable parameters, a task head left out.
+        rank: The budget as the rank of plain LoRA.
         steps: Optimizer steps of the run.
         seed: Seed of the run.
         options: What the spec's ``[method.NAME]`` says beyond the declaration.
+        learned: The ranks of the run that a control retrains; None for other methods.
     """
 
-    model: ModelSpec
+    model: ModelSpec | None
     adapter: Mapping[str, Any]
     parameters: int
+    rank: float
     steps: int
     seed: int
     options: Mapping[str, Any]
+    learned: RankHistory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,34 +69,31 @@ class Built:
 
 
 class Method(Protocol):
-    """One row of a comparison.
-
-    Attributes:
-        summary: One line for people: what it is, and whose implementation.
-        source: The paper.
-        rate: A usual learning rate, where tuning starts.
-        scalings: Factors on the adapter's scale that are tuned; ``(1.0,)`` for none.
-        quantised: Whether the base weights are in 4 bits.
-        size_name: What its size is called, e.g. ``rank``; empty where there is none to choose.
-    """
+    """One row of a comparison."""
 
     @property
-    def summary(self) -> str: ...
+    def summary(self) -> str:
+        """One line for people: what it is, and whose implementation."""
 
     @property
-    def source(self) -> str: ...
+    def source(self) -> str:
+        """The paper."""
 
     @property
-    def rate(self) -> float: ...
+    def rate(self) -> float:
+        """A usual learning rate, where tuning starts."""
 
     @property
-    def scalings(self) -> tuple[float, ...]: ...
+    def scalings(self) -> tuple[float, ...]:
+        """Factors on the adapter's scale that are tuned; ``(1.0,)`` for none."""
 
     @property
-    def quantised(self) -> bool: ...
+    def quantised(self) -> bool:
+        """Whether the base weights are in 4 bits."""
 
     @property
-    def size_name(self) -> str: ...
+    def size_name(self) -> str:
+        """What its size is called, e.g. ``rank``; empty where there is none to choose."""
 
     def sizes(self, base: BaseModel, setting: Setting) -> Sequence[int]:
         """Return the sizes to choose from, in order of the parameters that they train.
@@ -99,7 +101,6 @@ class Method(Protocol):
         Raises:
             UnsupportedError: The method cannot run on this model.
         """
-        ...
 
     def build(self, base: BaseModel, setting: Setting, size: int | None) -> Built:
         """Make the base model trainable; it may be changed in place.
@@ -112,4 +113,3 @@ class Method(Protocol):
         Raises:
             UnsupportedError: The method cannot run on this model.
         """
-        ...

@@ -1,0 +1,96 @@
+"""All methods that an ablation can name."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Final
+
+from rankflow.ablation.methods.method import Method
+from rankflow.ablation.methods.steered import Steered
+from rankflow.errors import SpecError
+from rankflow.specs.ablation import MethodSpec
+from rankflow.specs.reading import suggest
+
+LORA: Final = "LoRA, arXiv 2106.09685"
+DORA: Final = "weight-decomposed DoRA, arXiv 2402.09353"
+OURS: Final = "RankFlow"
+
+METHODS: Final[Mapping[str, Method]] = {
+    "lora": Steered("PEFT's LoRA, one rank everywhere", LORA),
+    "rslora": Steered(
+        "PEFT's LoRA with the scale alpha / sqrt(rank)",
+        "rsLoRA, arXiv 2312.03732",
+        rank_stabilised=True,
+        rate=2e-3,
+    ),
+    "dora": Steered("PEFT's DoRA, one rank everywhere", DORA, use_dora=True),
+    "qlora": Steered("LoRA over a base in 4 bits", "QLoRA, arXiv 2305.14314", quantised=True),
+    "qdora": Steered("DoRA over a base in 4 bits", DORA, use_dora=True, quantised=True),
+    "dvora": Steered(
+        "DoRA's magnitude over VeRA: gates on random, frozen, shared rows",
+        "VeRA, arXiv 2310.11454, and DoRA, arXiv 2402.09353",
+        use_dora=True,
+        rate=2e-2,
+        overrides={"components": "vera", "max_rank": 256},
+    ),
+    "dynamic-rank-dora": Steered(
+        "gated components, pruned from 1.5x by their share in a layer",
+        "Dynamic-Rank DoRA, arXiv 2405.17357",
+        preset="dynamic-rank-dora",
+        overrides={"every": 0.02},
+    ),
+    "hybrid": Steered(
+        "DoRA whose components and magnitudes compete for one budget",
+        OURS,
+        preset="hybrid",
+        use_dora=True,
+    ),
+    "lora-1.5x": Steered("control: LoRA with half as many parameters again", LORA, factor=1.5),
+    "random-allocation": Steered(
+        "control: the hybrid with ranks drawn at random",
+        OURS,
+        preset="hybrid",
+        use_dora=True,
+        overrides={"policy": "random", "recycle": 0.0},
+    ),
+    "frozen-pattern": Steered(
+        "control: the ranks and magnitudes that the hybrid learned, trained from scratch",
+        OURS,
+        use_dora=True,
+        overrides={"magnitude": "budgeted"},
+        follows="hybrid",
+    ),
+    "svd-truncate": Steered(
+        "control: LoRA trained at 1.5x, cut to the budget by SVD afterwards",
+        LORA,
+        factor=1.5,
+        truncates=True,
+    ),
+}
+
+
+def find_method(variant: MethodSpec) -> Method:
+    """Return the row that a spec names, varied as the spec declares.
+
+    Raises:
+        SpecError: There is no such row, or the variant asks for what the row does not have.
+    """
+    if variant.like not in METHODS:
+        raise SpecError(
+            f"no method is called '{variant.like}'; {suggest(variant.like, METHODS)} The methods "
+            f"are {', '.join(METHODS)}"
+        )
+    method = METHODS[variant.like]
+    if isinstance(method, Steered):
+        if variant.config:
+            raise SpecError(
+                f"[method] config = {variant.config}: '{variant.like}' is steered by a budget; "
+                "set budget, or the ablation's [adapter]"
+            )
+        return method.varied(variant)
+    alien = {"budget": variant.budget, "use_dora": variant.use_dora, "follows": variant.follows}
+    wrong = {key: value for key, value in alien.items() if value}
+    if wrong:
+        raise SpecError(
+            f"[method] {wrong}: '{variant.like}' has no RankFlow budget; set config instead"
+        )
+    return method if variant.rate is None else dataclasses.replace(method, rate=variant.rate)

@@ -1,0 +1,172 @@
+"""Which cells of an ablation can run now: a pure function of the spec and of what has run.
+
+Nothing is kept between two calls, so that a runner that was killed goes on where it stopped, and
+two runs with the same results reach the same table.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rankflow.ablation.records import Cell, CellResult
+from rankflow.ablation.tuning import Grid, Point, best_point, mean_losses, next_points
+from rankflow.specs.ablation import HIGHER_IS_BETTER, AblationSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What the schedule has to know of a method.
+
+    Attributes:
+        rate: Learning rate at which tuning starts.
+        scalings: Factors on the adapter's scale that are tuned.
+        follows: The method whose cell of the same seed must have run before; None for none.
+    """
+
+    rate: float
+    scalings: tuple[float, ...] = (1.0,)
+    follows: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All cells of one method at one budget on one task."""
+
+    task: str
+    budget: str
+    method: str
+
+    @property
+    def path(self) -> str:
+        """What a pattern of the command line is matched with."""
+        return f"{self.task}/{self.budget}/{self.method}"
+
+    def cell(self, split: str, seed: int, point: Point) -> Cell:
+        """Return one of its cells."""
+        return Cell(
+            self.task,
+            self.budget,
+            self.method,
+            "test" if split == "test" else "validation",
+            seed,
+            point.rate,
+            point.scaling,
+        )
+
+
+Results = Mapping[Cell, CellResult]
+Trials = Mapping[str, Trial]
+
+
+def groups_of(spec: AblationSpec) -> list[Group]:
+    """Return all groups, budgets and seeds nearest to done first: task by task."""
+    return [
+        Group(task.name, budget.label, method)
+        for budget in spec.budgets
+        for task in spec.tasks
+        for method in spec.methods
+    ]
+
+
+def ready_cells(spec: AblationSpec, trials: Trials, results: Results, group: Group) -> list[Cell]:
+    """Return the cells of a group that have not run, and need nothing that has not run.
+
+    Args:
+        spec: The ablation.
+        trials: What to know of each method, by name.
+        results: What has run.
+        group: The group.
+    """
+    if is_over(results, group):
+        return []
+    point = chosen_point(spec, trials, results, group)
+    if point is None:
+        return _unblocked(spec, trials, results, _tuning_cells(spec, trials, results, group))
+    seeds = spec.seeds_of(spec.budget(group.budget))
+    cells = [group.cell("test", seed, point) for seed in seeds]
+    return _unblocked(spec, trials, results, [cell for cell in cells if cell not in results])
+
+
+def chosen_point(
+    spec: AblationSpec, trials: Trials, results: Results, group: Group
+) -> Point | None:
+    """Return the tuned learning rate and scaling; None while there is something to measure.
+
+    Also None where every learning rate failed.
+    """
+    trial = trials[group.method]
+    if not spec.tuning.enabled:
+        return Point(trial.rate, trial.scalings[0])
+    found = tuning_losses(spec, results, group)
+    if next_points(found, grid_of(spec, trial)) or not math.isfinite(min(found.values())):
+        return None
+    return best_point(found)
+
+
+def tuning_losses(spec: AblationSpec, results: Results, group: Group) -> dict[Point, float]:
+    """Return the mean loss of each point of which all tuning seeds have run, lower is better."""
+    losses: dict[Point, list[float]] = {}
+    sign = -1 if HIGHER_IS_BETTER[spec.judge] else 1
+    for cell, result in results.items():
+        if cell.split == "validation" and _group_of(cell) == group:
+            if cell.seed in spec.tuning.seeds:
+                value = result.metrics.get(spec.judge, math.inf)
+                losses.setdefault(Point(cell.rate, cell.scaling), []).append(sign * value)
+    complete = {p: v for p, v in losses.items() if len(v) == len(spec.tuning.seeds)}
+    return mean_losses(complete)
+
+
+def grid_of(spec: AblationSpec, trial: Trial) -> Grid:
+    """Return where the tuning of a method starts, and how far it goes."""
+    rates = spec.tuning.rates or (trial.rate, 2 * trial.rate)
+    scalings = trial.scalings if spec.tuning.scalings else trial.scalings[:1]
+    return Grid(rates, scalings, spec.tuning.widest)
+
+
+def is_over(results: Results, group: Group) -> bool:
+    """Whether the method turned out not to run here, or an error keeps it from being tuned."""
+    return any(
+        _group_of(cell) == group
+        and (result.status == "unsupported" or _failed_tuning(cell, result))
+        for cell, result in results.items()
+    )
+
+
+def source_cell(spec: AblationSpec, trials: Trials, results: Results, cell: Cell) -> Cell | None:
+    """Return the finished cell whose ranks a cell retrains; None while there is none."""
+    follows = trials[cell.method].follows
+    if follows is None:
+        return None
+    group = Group(cell.task, cell.budget, follows)
+    point = chosen_point(spec, trials, results, group)
+    if point is None:
+        return None
+    source = group.cell(cell.split, cell.seed, point)
+    return source if source in results and results[source].status == "done" else None
+
+
+def _tuning_cells(spec: AblationSpec, trials: Trials, results: Results, group: Group) -> list[Cell]:
+    found = tuning_losses(spec, results, group)
+    points = next_points(found, grid_of(spec, trials[group.method]))
+    cells = [group.cell("validation", s, point) for point in points for s in spec.tuning.seeds]
+    return [cell for cell in cells if cell not in results]
+
+
+def _unblocked(
+    spec: AblationSpec, trials: Trials, results: Results, cells: list[Cell]
+) -> list[Cell]:
+    def is_free(cell: Cell) -> bool:
+        return (
+            trials[cell.method].follows is None
+            or source_cell(spec, trials, results, cell) is not None
+        )
+
+    return [cell for cell in cells if is_free(cell)]
+
+
+def _group_of(cell: Cell) -> Group:
+    return Group(cell.task, cell.budget, cell.method)
+
+
+def _failed_tuning(cell: Cell, result: CellResult) -> bool:
+    return cell.split == "validation" and result.status == "failed"

@@ -1,0 +1,112 @@
+"""Choose the size at which a method fits a budget, and count what trains.
+
+Parameters are counted by building the method on a model without numbers, so that no formula has to
+know what a library adds.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from rankflow.ablation.methods.method import Method, Setting, UnsupportedError
+from rankflow.training.models import BaseModel
+
+# Where PEFT puts the base model: nowhere, in a prompt's wrapper, in a tuner in its wrapper.
+_ROOTS = ("", "base_model.", "base_model.model.")
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A chosen size.
+
+    Attributes:
+        size: The size; None if the method has none.
+        parameters: Parameters that adapt the model at this size, a task head left out.
+    """
+
+    size: int | None
+    parameters: int
+
+
+def choose_size(method: Method, make_base: Callable[[], BaseModel], setting: Setting) -> Sized:
+    """Return the largest size that the budget covers, or else the smallest that there is.
+
+    Args:
+        method: The row; the parameters must not decrease along its sizes.
+        make_base: Makes a fresh base model, which the build may change; on ``meta`` it is cheap.
+        setting: The budget, and what else to fit into.
+
+    Raises:
+        UnsupportedError: The method cannot run on this model.
+    """
+    if not method.size_name:
+        return Sized(None, _count(method, make_base(), setting, None))
+    sizes = method.sizes(make_base(), setting)
+    if not sizes:
+        raise UnsupportedError("the method has no size that fits this model")
+    index, parameters = _last_within(
+        len(sizes),
+        setting.parameters,
+        lambda index: _count(method, make_base(), setting, sizes[index]),
+    )
+    return Sized(sizes[index], parameters)
+
+
+def count_trainable(model: nn.Module, full_modules: Collection[str]) -> tuple[int, int]:
+    """Return how many parameters train: those of the adaptation, and those of the task head.
+
+    Args:
+        model: A built model, wrapped by PEFT or not.
+        full_modules: The modules of the head, by their names in the base model.
+    """
+    heads = tuple(f"{root}{name}." for root in _ROOTS for name in full_modules)
+    adapter = head = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.startswith(heads):
+            head += parameter.numel()
+        elif parameter.requires_grad:
+            adapter += parameter.numel()
+    return adapter, head
+
+
+def reaches(parameters: int, budget: int, tolerance: float = 0.05) -> bool:
+    """Tell whether a number of parameters is that of the budget, within a relative tolerance.
+
+    >>> reaches(96, 100), reaches(90, 100), reaches(104, 100)
+    (True, False, True)
+    """
+    return abs(parameters - budget) <= tolerance * budget
+
+
+def _count(method: Method, base: BaseModel, setting: Setting, size: int | None) -> int:
+    full_modules = base.full_modules
+    built = method.build(base, setting, size)
+    if built.final is not None:
+        return built.final()
+    return count_trainable(built.model, full_modules)[0]
+
+
+def _last_within(count: int, limit: int, cost: Callable[[int], int]) -> tuple[int, int]:
+    """Return the last index whose cost is within a limit, or the first, and its cost.
+
+    Costs are mostly affine in the index, so a straight line between the two bounds names the next
+    guess; every other guess halves what is left, whatever the costs are.
+    """
+    low, low_cost = 0, cost(0)
+    if low_cost >= limit or count == 1:
+        return low, low_cost
+    high, high_cost = count - 1, cost(count - 1)
+    if high_cost <= limit:
+        return high, high_cost
+    halve = False
+    while high - low > 1:
+        guess = low + (high - low) * (limit - low_cost) // (high_cost - low_cost)
+        middle = (low + high) // 2 if halve else min(max(guess, low + 1), high - 1)
+        middle_cost = cost(middle)
+        if middle_cost <= limit:
+            low, low_cost = middle, middle_cost
+        else:
+            high, high_cost = middle, middle_cost
+        halve = not halve
+    return low, low_cost

@@ -1,0 +1,244 @@
+"""Run one cell: build, train, judge, measure."""
+
+import gc
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from rankflow.ablation.methods.method import Built, Method, Setting, UnsupportedError
+from rankflow.ablation.methods.registry import find_method
+from rankflow.ablation.provenance import digest_cell, trace
+from rankflow.ablation.records import (
+    Cell,
+    CellResult,
+    Latency,
+    Parameters,
+    RankHistory,
+    RankMoment,
+)
+from rankflow.ablation.sizing import choose_size, count_trainable
+from rankflow.ablation.trainer import CellTrainer
+from rankflow.ablation.workload import Workload, autocast_of, open_workload
+from rankflow.engine import RankFlow
+from rankflow.errors import BudgetError
+from rankflow.specs.ablation import AblationSpec
+from rankflow.training.adapter import add_adapter
+from rankflow.training.models import BaseModel
+from rankflow.training.plan import count_steps
+from rankflow.training.quiet import quiet_libraries
+
+_ROUNDS: Final = 9  # of interleaved forward passes
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a worker is asked to do.
+
+    Attributes:
+        cell: The cell.
+        learned: The ranks that it retrains; None for most methods.
+        is_measured: Whether latency and memory are measured too.
+        folder: Where it may keep checkpoints, to go on from after a kill; None for nowhere.
+    """
+
+    cell: Cell
+    learned: RankHistory | None = None
+    is_measured: bool = False
+    folder: Path | None = None
+
+
+@dataclass
+class CellRunner:
+    """Runs the cells of an ablation, one after the other, in one process.
+
+    Attributes:
+        spec: The ablation.
+        threads: Threads of a CPU computation; results depend on them in the last digits.
+    """
+
+    spec: AblationSpec
+    threads: int = 1
+    _workloads: dict[str, Workload] = field(default_factory=dict)
+    _rank_costs: dict[str, int] = field(default_factory=dict)
+
+    def run(self, order: Order) -> CellResult:
+        """Run a cell; whatever goes wrong in it is its result."""
+        torch.set_num_threads(self.threads)
+        cell = order.cell
+        method = find_method(self.spec.variant(cell.method))
+        digest = digest_cell(self.spec, cell)
+        try:
+            with quiet_libraries():
+                return self._run(order, method, digest)
+        except (UnsupportedError, BudgetError) as error:
+            return CellResult(cell, "unsupported", trace(digest), reason=str(error))
+        except Exception as error:  # one cell must not stop the others
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
+            return CellResult(cell, "failed", trace(digest), reason=reason)
+        finally:
+            gc.collect()
+
+    def parameters_of(self, task: str, budget: str) -> int:
+        """Return a budget in parameters on a task."""
+        point = self.spec.budget(budget)
+        if point.params is not None:
+            return point.params
+        assert point.rank is not None  # one of the two is set
+        return int(point.rank * self._rank_cost(task))
+
+    def setting_of(self, cell: Cell, learned: RankHistory | None) -> Setting:
+        """Return what the method of a cell has to fit into."""
+        workload = self.workload(cell.task)
+        task = self.spec.task(cell.task)
+        parameters = self.parameters_of(cell.task, cell.budget)
+        alpha = self.spec.adapter.get("lora_alpha", LoraConfig.lora_alpha)
+        arguments = self._arguments(cell, Path("unused"))
+        return Setting(
+            model=workload.model,
+            adapter={**self.spec.adapter, "lora_alpha": alpha * cell.scaling},
+            parameters=parameters,
+            rank=parameters / self._rank_cost(task.name),
+            steps=count_steps(workload.rows(cell.seed), arguments),
+            seed=cell.seed,
+            options=self.spec.variant(cell.method).config,
+            learned=learned,
+        )
+
+    def workload(self, task: str) -> Workload:
+        """Return a task's rows and model, read once."""
+        if task not in self._workloads:
+            self._workloads[task] = open_workload(self.spec.task(task))
+        return self._workloads[task]
+
+    def _run(self, order: Order, method: Method, digest: str) -> CellResult:
+        cell = order.cell
+        workload = self.workload(cell.task)
+        setting = self.setting_of(cell, order.learned)
+        size = None
+        if method.size_name:
+            size = choose_size(method, workload.build_meta, setting).size
+        set_seed(cell.seed)  # a new head and the adapter are drawn at random
+        base = workload.load_base(cell.seed, quantised=method.quantised)
+        head = base.full_modules
+        folder = order.folder or Path("unused")
+        arguments = self._arguments(cell, folder)
+        base.model.to(arguments.device)
+        set_seed(cell.seed)  # the adapter is the same whatever the head took
+        built = method.build(base, setting, size)
+        trainer = CellTrainer(
+            built=built,
+            args=arguments,
+            head=head,
+            head_rate=self.spec.head_rate,
+            pooling=workload.pooling,
+            train_dataset=workload.rows(cell.seed),
+            data_collator=workload.collate,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trained, head_parameters = count_trainable(built.model, head)
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        flow = trainer.steering.flow if trainer.steering is not None else None
+        peak = trained if flow is None else _peak(flow)
+        final = trained if flow is None else flow.spent
+        if built.finish is not None:
+            built.finish()
+            final = count_trainable(built.model, head)[0]
+        if built.final is not None:
+            final = built.final()
+        autocast = autocast_of(self.spec.task(cell.task).train, arguments.device)
+        metrics = workload.judge(built.model, cell.split, autocast)
+        clock = trainer.clock
+        latency, peak_bytes = None, None
+        if order.is_measured:
+            latency, peak_bytes = self._measure(cell, workload, built, trainer)
+        return CellResult(
+            cell,
+            "done",
+            trace(digest),
+            metrics=metrics,
+            parameters=Parameters(
+                setting.parameters, final, peak, _stored(built), head_parameters, size
+            ),
+            seconds_per_step=clock.wall / clock.steps,
+            cpu_seconds_per_step=clock.cpu / clock.steps,
+            peak_bytes=peak_bytes,
+            latency=latency,
+            ranks=None if flow is None else history_of(flow),
+        )
+
+    def _measure(
+        self, cell: Cell, workload: Workload, built: Built, trainer: CellTrainer
+    ) -> tuple[Latency, int]:
+        from rankflow.ablation.measures.latency import measure_latency
+        from rankflow.ablation.measures.memory import measure_step_memory
+
+        device = trainer.args.device
+        batch = {key: value.to(device) for key, value in workload.sample(cell.seed).items()}
+        peak = measure_step_memory(trainer, batch)
+        base = workload.load_base(cell.seed, quantised=False).model.to(device)
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        return measure_latency(base, built, inputs, rounds=_ROUNDS), peak
+
+    def _arguments(self, cell: Cell, folder: Path) -> TrainingArguments:
+        defaults: dict[str, Any] = {
+            "report_to": "none",
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "remove_unused_columns": False,  # the rows hold what the model takes, and no more
+        }
+        ours = {"output_dir": str(folder), "seed": cell.seed, "learning_rate": cell.rate}
+        return TrainingArguments(**defaults | self.spec.task(cell.task).train | ours)
+
+    def _rank_cost(self, task: str) -> int:
+        """Return the parameters of plain LoRA of rank 1 on a task's model."""
+        if task not in self._rank_costs:
+            workload = self.workload(task)
+            base = workload.build_meta()
+            head = base.full_modules
+            model = add_adapter(base, workload.model, {**self.spec.adapter, "r": 1})
+            self._rank_costs[task] = count_trainable(model, head)[0]
+        return self._rank_costs[task]
+
+
+def history_of(flow: RankFlow) -> RankHistory:
+    """Return how the ranks of a run moved, from its start to its end."""
+    sites = tuple(flow.ranks)
+    index = {site: i for i, site in enumerate(sites)}
+
+    def moment(step: int, spent: int, ranks: dict[str, int], on: dict[str, bool]) -> RankMoment:
+        return RankMoment(
+            step,
+            spent,
+            tuple(ranks[site] for site in sites),
+            tuple(index[site] for site, is_on in on.items() if is_on),
+        )
+
+    if not flow.history:
+        return RankHistory(sites, (moment(0, flow.spent, flow.ranks, flow.magnitudes),))
+    first = flow.history[0]
+    return RankHistory(
+        sites,
+        (
+            RankMoment(0, first.spent_before, tuple(first.ranks_before[s] for s in sites)),
+            *(moment(e.step, e.spent, e.ranks, e.magnitudes) for e in flow.history),
+        ),
+    )
+
+
+def _peak(flow: RankFlow) -> int:
+    return max([flow.spent, *(max(event.spent_before, event.spent) for event in flow.history)])
+
+
+def _stored(built: Built) -> int:
+    return 0

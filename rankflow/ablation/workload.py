@@ -1,0 +1,263 @@
+"""The tasks of an ablation: what is trained on, and how a model is judged."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
+from rankflow.ablation.bases import load_base
+from rankflow.ablation.measures.modes import evaluating
+from rankflow.ablation.planted import Design, PlantedModel, PlantedRows, excess_share, plant
+from rankflow.errors import SpecError
+from rankflow.specs.ablation import TaskSpec, TeacherSpec
+from rankflow.specs.run import DataSpec, ModelSpec
+from rankflow.training.data import load_data
+from rankflow.training.metrics import classification_metrics
+from rankflow.training.models import BaseModel, build_meta_model, check_length
+from rankflow.training.pooling import TokenPooling, pool
+from rankflow.training.quiet import quiet_libraries
+from rankflow.training.tokens import IGNORED, Collator, make_collator, tokenize
+
+_BATCH: Final = 64  # rows of an evaluation
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class Workload(Protocol):
+    """A task that is ready: rows, a base model, and a judge."""
+
+    @property
+    def model(self) -> ModelSpec | None:
+        """The base model's spec; None for the planted teacher."""
+
+    @property
+    def collate(self) -> Collator:
+        """Pads rows into a batch."""
+
+    @property
+    def pooling(self) -> TokenPooling | None:
+        """How the logits of a text's tokens become one row; None if the model's loss counts."""
+
+    def rows(self, seed: int) -> Any:
+        """Return the training rows of a seed."""
+
+    def load_base(self, seed: int, *, quantised: bool) -> BaseModel:
+        """Load the base model; what is new in it is drawn from torch's generator."""
+
+    def build_meta(self) -> BaseModel:
+        """Build the base model without numbers."""
+
+    def sample(self, seed: int) -> dict[str, Tensor]:
+        """Return one batch of the size of training."""
+
+    def judge(self, model: nn.Module, split: str, autocast: Autocast) -> dict[str, float]:
+        """Measure a trained model on a split."""
+
+
+def open_workload(task: TaskSpec) -> Workload:
+    """Read, check and tokenise what a task needs.
+
+    Raises:
+        SpecError: The spec names something that does not exist or does not fit.
+        RankFlowError: Rows, checkpoint or tokenizer are not fit for the task.
+    """
+    batch = task.train.get("per_device_train_batch_size", 8)
+    if task.teacher is not None:
+        return PlantedWorkload(task.teacher, batch)
+    assert task.model is not None  # the spec sees to it
+    assert task.data is not None
+    return open_texts(task.name, task.model, task.data, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class TextWorkload:
+    """A model of transformers, and tokenised rows.
+
+    Attributes:
+        model: The base model's spec.
+        splits: The rows as tokens.
+        labels: Class names by index; empty for language models.
+        collate: Pads rows into a batch.
+        batch: Rows of a training batch.
+    """
+
+    model: ModelSpec
+    splits: DatasetDict
+    labels: tuple[str, ...]
+    collate: Collator
+    batch: int
+
+    @property
+    def pooling(self) -> TokenPooling | None:
+        """Mean or first token, where a token classifier hosts the task."""
+        if self.model.task != "sequence-classification" or self.model.pooling == "model":
+            return None
+        return self.model.pooling
+
+    def rows(self, seed: int) -> Dataset:
+        """Return the training rows, the same for every seed; the Trainer shuffles them."""
+        return self.splits["train"]
+
+    def load_base(self, seed: int, *, quantised: bool) -> BaseModel:
+        """Load the pretrained weights; a new head is drawn from torch's generator."""
+        with quiet_libraries():
+            return load_base(self.model, self.labels, quantised=quantised)
+
+    def build_meta(self) -> BaseModel:
+        """Build the base model without numbers."""
+        with quiet_libraries():
+            return build_meta_model(self.model, self.labels)
+
+    def sample(self, seed: int) -> dict[str, Tensor]:
+        """Return the batch of the training rows of median length."""
+        order = _by_length(self.splits["train"])
+        middle = max(0, len(order) // 2 - self.batch // 2)
+        rows = self.splits["train"].select(order[middle : middle + self.batch])
+        return dict(self.collate(list(rows)))
+
+    def judge(self, model: nn.Module, split: str, autocast: Autocast) -> dict[str, float]:
+        """Return accuracy and nll of a classifier, nll and perplexity of a language model.
+
+        Every token counts alike, whatever its batch. Tokens after virtual ones are judged as
+        without them: the first token of a row is never a prediction.
+        """
+        rows = self.splits[split]
+        with evaluating(model), autocast():
+            if self.labels:
+                return _judge_classes(model, self._batches(rows, model), self.pooling)
+            return _judge_tokens(model, self._batches(rows, model))
+
+    def _batches(self, rows: Dataset, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        device = next(model.parameters()).device
+        ordered = rows.select(_by_length(rows))
+        for batch in DataLoader(ordered, batch_size=_BATCH, collate_fn=self.collate):
+            yield {key: value.to(device) for key, value in batch.items()}
+
+
+def open_texts(name: str, model: ModelSpec, data: DataSpec, batch: int) -> TextWorkload:
+    """Read, check and tokenise the rows of a model.
+
+    Raises:
+        SpecError: Tuning or testing has no rows of its own.
+    """
+    with quiet_libraries():
+        loaded = load_data(data, model.task)
+        for split in ("validation", "test"):
+            if split not in loaded.splits:
+                raise SpecError(
+                    f"[tasks.{name}.data] has no {split} rows; an ablation tunes on the "
+                    "validation split and reports the test split: name files for both"
+                )
+        base = build_meta_model(model, loaded.labels)
+        check_length(data.max_length, base.model.config)
+        splits = tokenize(loaded.splits, base.tokenizer, model.task, data.max_length)
+    return TextWorkload(
+        model, splits, loaded.labels, make_collator(base.tokenizer, model.task), batch
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlantedWorkload:
+    """The planted teacher; every seed is another problem.
+
+    Attributes:
+        teacher: What the spec says of it.
+        batch: Rows of a training batch.
+    """
+
+    teacher: TeacherSpec
+    batch: int
+
+    @property
+    def model(self) -> None:
+        """It is no model of transformers."""
+        return
+
+    @property
+    def collate(self) -> Collator:
+        """Stack the rows."""
+        return default_data_collator
+
+    @property
+    def pooling(self) -> None:
+        """Its own loss counts."""
+        return
+
+    def rows(self, seed: int) -> PlantedRows:
+        """Return rows of the seed's problem, none of which comes twice."""
+        return PlantedRows(plant(seed, self._design), range(self.teacher.rows))
+
+    def load_base(self, seed: int, *, quantised: bool) -> BaseModel:
+        """Return the seed's layers before they have learned anything."""
+        return BaseModel(PlantedModel(plant(seed, self._design)), None, (), ())
+
+    def build_meta(self) -> BaseModel:
+        """Return the layers without numbers."""
+        with torch.device("cpu"):
+            base = self.load_base(0, quantised=False)
+        return BaseModel(base.model.to("meta"), None, (), ())
+
+    def sample(self, seed: int) -> dict[str, Tensor]:
+        """Return the first rows of a problem."""
+        return dict(self.collate(self.rows(seed).__getitems__(range(self.batch))))
+
+    def judge(self, model: nn.Module, split: str, autocast: Autocast) -> dict[str, float]:
+        """Return the share of the excess loss that is left, exactly, whatever the split."""
+        return {"excess": excess_share(model)}
+
+    @property
+    def _design(self) -> Design:
+        return Design(noise=self.teacher.noise)
+
+
+def _judge_classes(
+    model: nn.Module, batches: Iterator[dict[str, Tensor]], pooling: TokenPooling | None
+) -> dict[str, float]:
+    logits, labels = [], []
+    for batch in batches:
+        targets = batch.pop("labels")
+        found = model(**batch).logits
+        if pooling is not None:
+            mask = batch["attention_mask"]
+            found = pool(found[:, -mask.shape[1] :], mask, pooling)  # (batch, classes)
+        known = targets != IGNORED
+        logits.append(found[known].float().cpu())
+        labels.append(targets[known].cpu())
+    return classification_metrics(torch.cat(logits).numpy(), torch.cat(labels).numpy())
+
+
+def _judge_tokens(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+    total, count = 0.0, 0
+    for batch in batches:
+        labels = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits
+        found = logits[:, logits.shape[1] - labels.shape[1] - 1 : -1].float()
+        loss = functional.cross_entropy(
+            found.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        total += loss.item()
+        count += int((labels != IGNORED).sum())
+    nll = total / count
+    return {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+
+
+def _by_length(rows: Dataset) -> np.ndarray:
+    return np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable")
+
+
+def autocast_of(arguments: Mapping[str, Any], device: torch.device) -> Autocast:
+    """Return the precision in which the Trainer computes, for what is computed beside it."""
+    if arguments.get("bf16"):
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    if arguments.get("fp16"):
+        return lambda: torch.autocast(device.type, torch.float16)
+    return nullcontext
