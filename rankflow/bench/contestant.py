@@ -1,6 +1,5 @@
 """One adapter on one model, trained and run step by step."""
 
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ from torch import nn
 
 from rankflow.adapters.dora import accelerate_dora
 from rankflow.bench.cases import Case
+from rankflow.bench.clock import seconds
 from rankflow.bench.memory import peak_bytes
 from rankflow.bench.models import build
 
@@ -43,7 +43,7 @@ class Contestant:
     def time_step(self) -> float:
         """Train for a step; return its seconds."""
         self.model.train()
-        return _seconds(self._step, self._device)
+        return seconds(self._step, self._device)
 
     def time_inference(self) -> float:
         """Run the model once without gradients; return the seconds."""
@@ -68,7 +68,7 @@ def time_inference(
     """Run a model once without gradients; return the seconds."""
     model.eval()
     with torch.no_grad(), _precision(case, device):
-        return _seconds(lambda: loss(model), device)
+        return seconds(lambda: loss(model), device)
 
 
 def _adapt(model: nn.Module, targets: str | list[str], case: Case, method: Method) -> PeftModel:
@@ -92,16 +92,3 @@ def _adapt(model: nn.Module, targets: str | list[str], case: Case, method: Metho
 
 def _precision(case: Case, device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, torch.bfloat16) if case.autocast else nullcontext()
-
-
-def _seconds(act: Callable[[], object], device: torch.device) -> float:
-    _wait_for(device)
-    began = time.perf_counter()
-    act()
-    _wait_for(device)
-    return time.perf_counter() - began
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -53,13 +53,21 @@ def load_sources(spec: DataSpec) -> dict[str, Split]:
     }
 
 
+def load_files(paths: tuple[Path, ...]) -> Split:
+    """Read files into one split, columns untouched.
+
+    Args:
+        paths: Files that end in one of ``rankflow.specs.run.FILE_TYPES``, with the same columns.
+
+    Raises:
+        RankFlowError: A file is missing, empty, not UTF-8, or not what its ending says.
+    """
+    return Split(_join([_load_file(path) for path in paths], paths), _list(paths))
+
+
 def _load_files(spec: DataSpec) -> dict[str, Split]:
     files = {"train": spec.train, "validation": spec.validation, "test": spec.test}
-    return {
-        name: Split(_join([_load_file(path) for path in paths], paths), _list(paths))
-        for name, paths in files.items()
-        if paths is not None
-    }
+    return {name: load_files(paths) for name, paths in files.items() if paths is not None}
 
 
 def _load_file(path: Path) -> Dataset:

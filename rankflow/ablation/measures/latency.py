@@ -1,0 +1,44 @@
+"""How long the adapted model takes to answer, beside the base model, merged and not."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from statistics import median
+
+from torch import Tensor, nn
+
+from rankflow.ablation.measures.modes import evaluating
+from rankflow.ablation.methods.method import Built
+from rankflow.ablation.records import Latency
+from rankflow.bench.clock import seconds
+
+_WARM_UP = 2  # rounds that are not counted
+
+
+def measure_latency(
+    base: nn.Module, built: Built, batch: Mapping[str, Tensor], *, rounds: int
+) -> Latency:
+    """Time one forward pass without gradients; medians of rounds in which all models take turns.
+
+    Call it under ``torch.autocast`` to measure under autocast.
+
+    Args:
+        base: The base model, untouched and on the device of the adapted one.
+        built: The method's model, trained or not.
+        batch: What the models are called with, labels left out unless they cannot do without.
+        rounds: Rounds to time.
+    """
+    models = {"base": base, "unmerged": built.model}
+    if built.merge is not None:
+        models["merged"] = built.merge()
+    device = next(built.model.parameters()).device
+    inputs = {key: value.to(device) for key, value in batch.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        for _ in range(_WARM_UP + rounds):
+            for name, model in models.items():
+                times[name].append(seconds(partial(model, **inputs), device))
+    medians = {name: median(values[_WARM_UP:]) for name, values in times.items()}
+    return Latency(medians["base"], medians["unmerged"], medians.get("merged"))
