@@ -35,7 +35,9 @@ class GeneralTexts:
 ForgettingData = ScoredPairs | GeneralTexts
 
 
-def load_pairs(files: tuple[Path, ...], text: str, text_pair: str, score: str) -> ScoredPairs:
+def load_pairs(
+    files: tuple[Path, ...], text: str, text_pair: str, score: str, max_rows: int | None = None
+) -> ScoredPairs:
     """Read pairs of texts with their scores.
 
     Args:
@@ -43,12 +45,13 @@ def load_pairs(files: tuple[Path, ...], text: str, text_pair: str, score: str) -
         text: Column with one text.
         text_pair: Column with the other.
         score: Column with the score.
+        max_rows: Rows to use, from the first on; None for all.
 
     Raises:
         SpecError: There is no such column.
         RankFlowError: A file cannot be read, a row lacks a value, or nothing differs in score.
     """
-    split = load_files(files)
+    split = _first_rows(load_files(files), max_rows)
     first, second = (
         _texts(split, role, column) for role, column in (("text", text), ("text_pair", text_pair))
     )
@@ -61,18 +64,19 @@ def load_pairs(files: tuple[Path, ...], text: str, text_pair: str, score: str) -
     return ScoredPairs(first, second, scores)
 
 
-def load_texts(files: tuple[Path, ...], text: str) -> GeneralTexts:
+def load_texts(files: tuple[Path, ...], text: str, max_rows: int | None = None) -> GeneralTexts:
     """Read texts.
 
     Args:
         files: Files with the rows (jsonl, json, csv, parquet).
         text: Column with the text.
+        max_rows: Rows to use, from the first on; None for all.
 
     Raises:
         SpecError: There is no such column.
         RankFlowError: A file cannot be read, or a row lacks a text.
     """
-    return GeneralTexts(_texts(load_files(files), "text", text))
+    return GeneralTexts(_texts(_first_rows(load_files(files), max_rows), "text", text))
 
 
 def _texts(split: Split, role: str, column: str) -> tuple[str, ...]:
@@ -106,3 +110,9 @@ def _column(split: Split, role: str, column: str) -> list[Any]:
             f"{suggest(column, present)}"
         )
     return list(split.rows[column])
+
+
+def _first_rows(split: Split, limit: int | None) -> Split:
+    if limit is None or limit >= len(split.rows):
+        return split
+    return Split(split.rows.select(range(limit)), split.origin)

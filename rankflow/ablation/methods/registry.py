@@ -40,7 +40,7 @@ _DYNAMIC: Final[Mapping[str, Steered]] = {
         "VeRA, arXiv 2310.11454, and DoRA, arXiv 2402.09353",
         use_dora=True,
         rate=2e-2,
-        overrides={"components": "vera", "max_rank": 256},
+        rows=256,
     ),
     "dynamic-rank-dora": Steered(
         "gated components, pruned from 1.5x by their share in a layer",
