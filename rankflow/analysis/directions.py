@@ -15,6 +15,7 @@ Reference: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, sect
 and 4, https://arxiv.org/abs/2402.09353.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy.typing as npt
 _BLOCK = 2**22  # numbers that are held in float64 at a time
 # A weight merged in float32 differs by this much, relatively, though its adapter does nothing.
 _ROUNDING = 1e-6
+_CLOSE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,13 @@ class Change:
     @property
     def is_nothing(self) -> bool:
         """Whether the weight is as it was, up to the rounding of float32."""
-        turned = 0.0 if self.dD is None else self.dD
-        return self.dM <= _ROUNDING * self.norm and turned <= _ROUNDING**2
+        return self.dM <= _ROUNDING * self.norm and (self.dD or 0.0) <= _ROUNDING**2
+
+    def is_close_to(self, other: "Change") -> bool:
+        """Whether two changes of one weight differ by less than a thousandth."""
+        return math.isclose(
+            self.dM, other.dM, rel_tol=_CLOSE, abs_tol=_ROUNDING * self.norm
+        ) and math.isclose(self.dD or 0.0, other.dD or 0.0, rel_tol=_CLOSE, abs_tol=_ROUNDING**2)
 
 
 def magnitude_direction_change(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> Change:

@@ -66,7 +66,7 @@ def change_scatter(
     for axes in panels[:, 0]:
         axes.set_ylabel("ΔM, change of magnitude", fontsize=_LABEL_POINTS, color=_INK)
     _draw_layers(figure, list(panels.flat), layout)
-    _draw_moments(figure, runs, columns=_MOST_COLUMNS if columns == 1 else len(_MARKERS) + 1)
+    _draw_moments(figure, runs, columns=3 * columns)
     return figure
 
 

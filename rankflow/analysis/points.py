@@ -5,16 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from rankflow.analysis.checkpoints import Checkpoint
 from rankflow.analysis.directions import Change, magnitude_direction_change
 from rankflow.analysis.weights import Weights, read_pairs
 from rankflow.errors import RankFlowError
 from rankflow.report.layout import parse_site
 from rankflow.specs.reading import suggest
-
-_SAME = 1e-3  # two moments whose changes differ by less, relatively, are one
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,19 +119,14 @@ def measure_run(
 
 
 def _is_same(one: dict[str, Change], other: dict[str, Change]) -> bool:
-    moved = [_moved(changes) for changes in (one, other)]
-    return moved[0].keys() == moved[1].keys() and all(
-        np.isclose(_numbers(change), _numbers(moved[1][site]), rtol=_SAME, atol=0).all()
-        for site, change in moved[0].items()
+    one, other = _moved(one), _moved(other)
+    return one.keys() == other.keys() and all(
+        change.is_close_to(other[site]) for site, change in one.items()
     )
 
 
 def _moved(changes: dict[str, Change]) -> dict[str, Change]:
     return {site: change for site, change in changes.items() if not change.is_nothing}
-
-
-def _numbers(change: Change) -> tuple[float, float]:
-    return change.dM, change.dD or 0.0
 
 
 def _kinds(sites: Iterable[str]) -> list[str]:

@@ -32,6 +32,8 @@ from rankflow.training.quiet import quiet_libraries
 
 Matrix = npt.NDArray[np.float32]
 
+_ROOT = "base_model.model."  # what PEFT calls the adapted model
+
 # PEFT takes the adapter's start out of the base weights when it makes one of these.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -154,11 +156,12 @@ def _read_adapter(base: Weights, folder: Path, wanted: frozenset[str]) -> Iterat
         tensors = load_peft_weights(str(folder), device="cpu")
     except (OSError, SafetensorError, RuntimeError) as error:
         raise RankFlowError(f"the adapter in {folder} cannot be read: {error}") from error
-    tensors = {key: tensor for key, tensor in tensors.items() if prefix in key}
-    names = dict.fromkeys(
-        key.removeprefix("base_model.model.").partition(prefix)[0] for key in tensors
-    )
-    renaming = _match(folder, list(names), base)
+    inside = {key for key in tensors if key.startswith(_ROOT)}
+    for key in inside:
+        if prefix not in key:  # of a head, or a bias; what lies outside the layers shares vectors
+            del tensors[key]
+    names = [key.removeprefix(_ROOT).partition(prefix)[0] for key in tensors if key in inside]
+    renaming = _match(folder, list(dict.fromkeys(names)), base)
     with _adapted(base, renaming, config, tensors, folder) as host:
         for name, layer in host.named_modules():
             site = renaming.translate(name)
@@ -212,7 +215,7 @@ def _adapted(
     try:
         try:
             set_peft_model_state_dict(model, tensors)
-        except RuntimeError as error:
+        except (ValueError, RuntimeError) as error:
             raise _unfit(folder, error) from error
         yield model.get_base_model()
     finally:
