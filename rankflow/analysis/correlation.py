@@ -17,6 +17,7 @@ import numpy.typing as npt
 RESAMPLES = 1000
 LEVEL = 0.95
 _FEWEST = 3  # points, and layers for an interval: two always lie on a line
+_PARTS = 10  # in which the resamples are worked through, to bound memory
 _CONSTANT = 1e-9  # spread over size below which values differ by rounding alone
 
 Floats = npt.NDArray[np.float64]
@@ -86,68 +87,68 @@ def correlate(
     """
     xs, ys = np.asarray(dD, dtype=np.float64), np.asarray(dM, dtype=np.float64)
     names, cluster = np.unique([str(layer) for layer in layers], return_inverse=True)
-    once = np.ones(len(xs))
-    pearson, ranks = _pearson(xs, ys, once), _RankCorrelation(xs, ys)
-    spearman = ranks(once)
-    reason = ""
     if len(xs) < _FEWEST:
-        reason = "fewer than 3 points"
-    elif pearson is None or spearman is None:
-        reason = "dD or dM is constant"
-    if reason or pearson is None or spearman is None:
-        return Correlation(len(xs), len(names), None, None, reason)
+        return Correlation(len(xs), len(names), None, None, f"fewer than {_FEWEST} points")
     random = np.random.default_rng(seed)
     drawn = random.multinomial(len(names), [1 / len(names)] * len(names), size=RESAMPLES)
     times = drawn[:, cluster].astype(np.float64)  # (resamples, points): how often each is drawn
-    return Correlation(
-        points=len(xs),
-        layers=len(names),
-        pearson=_estimate(pearson, lambda w: _pearson(xs, ys, w), times, len(names)),
-        spearman=_estimate(spearman, ranks, times, len(names)),
+    pearson = _estimate(lambda weights: _pearson(xs, ys, weights), times, len(names))
+    spearman = _estimate(
+        lambda weights: _pearson(_mean_ranks(xs, weights), _mean_ranks(ys, weights), weights),
+        times,
+        len(names),
     )
+    if pearson is None or spearman is None:
+        return Correlation(len(xs), len(names), None, None, "dD or dM is constant")
+    return Correlation(len(xs), len(names), pearson, spearman)
 
 
-def _estimate(
-    value: float, statistic: Callable[[Floats], float | None], times: Floats, layers: int
-) -> Estimate:
-    if layers < _FEWEST:
-        return Estimate(value, None, None)
-    drawn = [found for weights in times if (found := statistic(weights)) is not None]
-    if len(drawn) < len(times) / 2:
-        return Estimate(value, None, None)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(low), float(high))
+def _estimate(statistic: Callable[[Floats], Floats], times: Floats, layers: int) -> Estimate | None:
+    (value,) = statistic(np.ones((1, times.shape[1])))
+    if np.isnan(value):
+        return None
+    found = np.concatenate([statistic(part) for part in np.array_split(times, _PARTS)])
+    defined = found[~np.isnan(found)]
+    if layers < _FEWEST or len(defined) < len(found) / 2:
+        return Estimate(float(value), None, None)
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(value), float(low), float(high))
 
 
-class _RankCorrelation:
-    """Spearman's correlation of points that are each counted some number of times.
+def _mean_ranks(values: Floats, weights: Floats) -> Floats:
+    """Rank values from 1, ties sharing their mean, where each is there ``weights`` times.
 
     Args:
-        x: One quantity at each point.
-        y: The other.
+        values: Shape ``(points,)``.
+        weights: Shape ``(resamples, points)``.
+
+    Returns:
+        Shape ``(resamples, points)``.
     """
-
-    def __init__(self, x: Floats, y: Floats) -> None:
-        self._places = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
-
-    def __call__(self, weights: Floats) -> float | None:
-        x, y = (_mean_ranks(place, weights) for place in self._places)
-        return _pearson(x, y, weights)
-
-
-def _mean_ranks(place: npt.NDArray[np.intp], weights: Floats) -> Floats:
-    """Return ranks from 1, ties sharing their mean, of values counted ``weights`` times."""
-    counts = np.bincount(place, weights)
-    ranks: Floats = np.cumsum(counts) - (counts - 1) / 2
-    return ranks[place]
+    order = np.argsort(values, kind="stable")
+    _, starts, place = np.unique(values[order], return_index=True, return_inverse=True)
+    counts = np.add.reduceat(weights[:, order], starts, axis=1)  # (resamples, distinct values)
+    ranks: Floats = np.empty_like(weights)
+    ranks[:, order] = (np.cumsum(counts, axis=1) - (counts - 1) / 2)[:, place]
+    return ranks
 
 
-def _pearson(x: Floats, y: Floats, weights: Floats) -> float | None:
-    weights = weights / weights.sum()
-    from_mean = [values - weights @ values for values in (x, y)]
-    spreads = [np.sqrt(weights @ np.square(values)) for values in from_mean]
-    sizes = [np.sqrt(weights @ np.square(values)) for values in (x, y)]
-    if any(s <= _CONSTANT * size for s, size in zip(spreads, sizes, strict=True)):
-        return None
-    together = weights @ (from_mean[0] * from_mean[1])
-    return float(np.clip(together / (spreads[0] * spreads[1]), -1, 1))
+def _pearson(x: Floats, y: Floats, weights: Floats) -> Floats:
+    """Correlate points that are there ``weights`` times; nan where one of the two is constant.
+
+    Args:
+        x: Shape ``(points,)`` or ``(resamples, points)``.
+        y: Likewise.
+        weights: Shape ``(resamples, points)``.
+
+    Returns:
+        Shape ``(resamples,)``.
+    """
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    a, b = (values - (weights * values).sum(axis=1, keepdims=True) for values in (x, y))
+    spreads = [np.sqrt((weights * np.square(values)).sum(axis=1)) for values in (a, b)]
+    sizes = [np.sqrt((weights * np.square(values)).sum(axis=1)) for values in (x, y)]
+    is_constant = (spreads[0] <= _CONSTANT * sizes[0]) | (spreads[1] <= _CONSTANT * sizes[1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (weights * a * b).sum(axis=1) / (spreads[0] * spreads[1])
+    return np.where(is_constant, np.nan, np.clip(found, -1, 1))

@@ -16,7 +16,7 @@ and 4, https://arxiv.org/abs/2402.09353.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,14 +47,22 @@ class Change:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether the weight is as it was, up to the rounding of float32."""
-        return self.dM <= _ROUNDING * self.norm and (self.dD or 0.0) <= _ROUNDING**2
+        """Whether the weight is as it was."""
+        return self.dM == 0 and not self.dD
+
+    def beyond_rounding(self) -> "Change":
+        """Return the change with zeros for what the rounding of float32 explains."""
+        return replace(
+            self,
+            dM=self.dM if self.dM > _ROUNDING * self.norm else 0.0,
+            dD=0.0 if self.dD is not None and self.dD <= _ROUNDING**2 else self.dD,
+        )
 
     def is_close_to(self, other: "Change") -> bool:
         """Whether two changes of one weight differ by less than a thousandth."""
-        return math.isclose(
-            self.dM, other.dM, rel_tol=_CLOSE, abs_tol=_ROUNDING * self.norm
-        ) and math.isclose(self.dD or 0.0, other.dD or 0.0, rel_tol=_CLOSE, abs_tol=_ROUNDING**2)
+        return math.isclose(self.dM, other.dM, rel_tol=_CLOSE) and math.isclose(
+            self.dD or 0.0, other.dD or 0.0, rel_tol=_CLOSE
+        )
 
 
 def magnitude_direction_change(before: npt.NDArray[Any], after: npt.NDArray[Any]) -> Change:

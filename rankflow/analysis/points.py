@@ -96,7 +96,7 @@ def measure_run(
     moments: list[Checkpoint] = []
     for checkpoint in checkpoints:
         changes = {
-            pair.site: magnitude_direction_change(pair.before, pair.after)
+            pair.site: magnitude_direction_change(pair.before, pair.after).beyond_rounding()
             for pair in read_pairs(base, checkpoint, wanted)
         }
         if checkpoint.step is None and any(_is_same(changes, other) for other in measured):

@@ -98,7 +98,23 @@ def test_low_precision_is_compared_as_it_is_stored(weight):
 @pytest.mark.parametrize(("size", "is_nothing"), [(0, True), (1e-8, True), (1e-4, False)])
 def test_only_what_is_above_rounding_is_a_change(size, is_nothing, weight):
     after = (weight * (1 + size)).astype(np.float32)
-    assert magnitude_direction_change(weight.astype(np.float32), after).is_nothing is is_nothing
+    change = magnitude_direction_change(weight.astype(np.float32), after).beyond_rounding()
+    assert change.is_nothing is is_nothing
+    assert change.dD == 0
+
+
+def test_a_turn_above_rounding_is_kept_and_no_direction_stays_none(weight):
+    turned = magnitude_direction_change(weight, weight + 1e-4 * weight[:, ::-1])
+    assert turned.beyond_rounding() == turned
+    assert Change(dM=1e-9, dD=None, norm=1.0).beyond_rounding() == Change(0.0, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "is_close"),
+    [((1.0, 0.5), True), ((1.0009, 0.4996), True), ((1.002, 0.5), False), ((1.0, 0.502), False)],
+)
+def test_changes_within_a_thousandth_are_close(other, is_close):
+    assert Change(1.0, 0.5, norm=1.0).is_close_to(Change(*other, norm=1.0)) is is_close
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (7,), (7, 5, 1)])
