@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from typing import Final
 
-from scipy import stats
+from scipy import special, stats
 
 from rankflow.errors import RankFlowError
 
@@ -57,8 +57,8 @@ def fewest_pairs(alpha: float = 0.05, *, comparisons: int = 1) -> int:
 def paired_power(effect: float, pairs: int, alpha: float = 0.05) -> float:
     """Return the power of the two-sided paired t test, which the sign-flip test's comes close to.
 
-    The noncentral F distribution of ``t^2`` is used: scipy's noncentral t is NaN in the tail
-    opposite to a large effect.
+    It comes from scipy.stats' noncentral F distribution of ``t^2``, which is NaN only without an
+    effect; its noncentral t, and scipy.special's F, are NaN for some large effects.
 
     Args:
         effect: True d_z; its sign does not matter.
@@ -68,8 +68,9 @@ def paired_power(effect: float, pairs: int, alpha: float = 0.05) -> float:
     >>> round(paired_power(0.5, 34), 3)
     0.808
     """
-    bar = stats.t.isf(alpha / 2, pairs - 1) ** 2
-    return float(stats.ncf.sf(bar, 1, pairs - 1, pairs * effect**2))
+    bar = special.stdtrit(pairs - 1, alpha / 2) ** 2
+    shift = pairs * effect**2
+    return float(stats.ncf.sf(bar, 1, pairs - 1, shift)) if shift else alpha
 
 
 def pairs_needed(
