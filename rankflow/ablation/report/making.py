@@ -116,7 +116,10 @@ def _alternatives(values: Iterable[str]) -> str:
 def _counted(counts: Counter[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{name} ({count} cells)" for name, count in sorted(counts.items()))
+    return ", ".join(
+        f"{name} ({count} {'cell' if count == 1 else 'cells'})"
+        for name, count in sorted(counts.items())
+    )
 
 
 def _numbers(values: Iterable[int]) -> str:
