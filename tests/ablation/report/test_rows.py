@@ -141,6 +141,9 @@ def test_the_best_row_has_all_seeds_no_divergence_and_its_budget(draw, change):
     assert best(change(results, "hybrid", final=1.01)) == "dynamic"
     assert best(change(results, "hybrid", status="failed", reason="out of memory")) == "dynamic"
     assert best([]) is None
+    for seed, method in enumerate(scenario.methods):
+        results = change(results, method, seeds=(seed,), value=math.nan)
+    assert best(results) is None
 
 
 def test_the_best_accuracy_is_the_highest(draw):
