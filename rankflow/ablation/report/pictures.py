@@ -1,5 +1,6 @@
 """The figures of a report: which there are numbers for, and what they show."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median_low
 
@@ -133,7 +134,7 @@ def _prices(spec: AblationSpec, rows: Rows, styles: dict[str, MethodStyle]) -> l
     ]
     if not any(points for line in panels for _, points in line):
         return []
-    label = "time of a forward pass, in the base model's" if by_latency else "final parameters"
+    label = "forward pass, times the base model's" if by_latency else "final parameters"
     caption = (
         f"Quality against {'inference time' if by_latency else 'parameters'}: "
         f"{METRICS[spec.judge]} ({'higher' if HIGHER_IS_BETTER[spec.judge] else 'lower'} is "
@@ -164,7 +165,7 @@ def _forgetting_of(
     )
     panels = _dot_panels(spec, rows, after, before)
     figure = draw_dots(panels, styles, label=measure, reference="base model")
-    return Picture(f"forgetting-{measure}", caption, as_png(figure))
+    return Picture(_file_name("forgetting", measure), caption, as_png(figure))
 
 
 def _recovery(spec: AblationSpec, rows: Rows, styles: dict[str, MethodStyle]) -> list[Picture]:
@@ -219,7 +220,7 @@ def _ranks(gathered: Gathered) -> list[Picture]:
                     f"Final ranks on {task.name} at {budget.label}: the median over seeds at each "
                     f"site, on one scale; a dot marks a magnitude that most seeds train."
                 )
-                name = f"ranks-{task.name}-{budget.label.replace(' ', '-').replace(',', '')}"
+                name = _file_name("ranks", task.name, budget.label)
                 pictures.append(Picture(name, caption, as_png(draw_ranks(found))))
     return pictures
 
@@ -246,6 +247,10 @@ def _is_uneven(history: RankHistory) -> bool:
     """Whether ranks moved, or differ by more than what fills a budget up."""
     ranks = history.moments[-1].ranks
     return len(history.moments) > 1 or max(ranks) - min(ranks) > 1
+
+
+def _file_name(*parts: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts).replace(",", ""))
 
 
 def _budget_places(spec: AblationSpec, rows: Rows) -> dict[str, float]:
