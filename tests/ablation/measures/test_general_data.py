@@ -91,7 +91,7 @@ def test_a_row_without_a_text_is_refused(write, value):
         load_pairs((write(rows),), *COLUMNS)
 
 
-@pytest.mark.parametrize("value", [None, "x", True])
+@pytest.mark.parametrize("value", [None, "x", True, float("nan")])
 def test_a_row_without_a_number_is_refused(write, value):
     rows = [{**row, "label": value} for row in ROWS]
     with pytest.raises(RankFlowError, match=r"row 1 has .* in column 'label'; .* needs a number"):

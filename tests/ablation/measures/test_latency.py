@@ -1,9 +1,11 @@
+import copy
 import gc
 import time
 import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from rankflow.ablation.measures.latency import measure_latency
@@ -68,6 +70,23 @@ def test_the_merged_copy_is_gone_and_the_modes_are_back():
     gc.collect()
     assert [copy() for copy in copies] == [None]
     assert (base.training, unmerged.training) == (False, True)
+
+
+def test_the_callers_precision_counts_and_not_a_trainers():
+    class Watched(Slow):
+        def forward(self, inputs):
+            precisions.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(inputs)
+
+    precisions = []
+    unmerged = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(Watched([0]))
+    built = Built(unmerged, merge=lambda: copy.deepcopy(unmerged))
+    measure_latency(Watched([0]), built, BATCH, rounds=1)
+    assert set(precisions) == {False}
+    precisions.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        measure_latency(Watched([0]), built, BATCH, rounds=1)
+    assert set(precisions) == {True}
 
 
 @pytest.mark.gpu
