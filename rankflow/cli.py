@@ -4,7 +4,7 @@ Only light modules are imported up here, so that ``rankflow --help`` answers at 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from rankflow.errors import RankFlowError
+from rankflow.errors import RankFlowError, SpecError
 from rankflow.records import RankEvent
 
 EVENTS: Final = "events.jsonl"
@@ -140,6 +140,64 @@ def bench(
     from rankflow.bench.run import run_bench
 
     run_bench(chosen, console=Console(), device=device, rounds=rounds)
+
+
+@app.command()
+def ablate(
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="SPEC.toml", help="An ablation spec.")
+    ] = None,
+    overrides: Overrides = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder where the spec's relative paths start.")
+    ] = None,
+    out: Annotated[
+        str, typer.Option(help="Folder or URL of the results, which all ablations can share.")
+    ] = "ablations",
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of the report; by default OUT/<name of the spec>.")
+    ] = None,
+    executor: Annotated[
+        Literal["processes", "here", "ray"], typer.Option(help="Where cells run.")
+    ] = "processes",
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of a cell.")] = 1,
+    only: Annotated[str, typer.Option(metavar="REGEX", help="Only these task/budget/method.")] = "",
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed cells again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show sizes, parameters and numbers of cells.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing, report what there is.")
+    ] = False,
+    methods: Annotated[bool, typer.Option("--list", help="List the methods.")] = False,
+) -> None:
+    """Compare methods at equal parameters, as an ablation spec says."""
+    if methods:
+        from rankflow.ablation.command import print_methods
+
+        print_methods(Console())
+        return
+    if spec is None:
+        raise SpecError("no spec was given; name an ablation's TOML file, or use --list")
+    from rankflow.specs.ablation import load_ablation
+
+    loaded = load_ablation(spec, overrides or (), data)
+    from rankflow.ablation.command import ablate as run
+    from rankflow.ablation.command import print_plan, tell
+    from rankflow.ablation.run import Ablation
+    from rankflow.ablation.store import Store
+
+    console = Console()
+    ablation = Ablation(loaded, Store(out), only)
+    ablation.load(retry=retry)
+    folder = report or Path(out) / loaded.name
+    if dry_run:
+        print_plan(ablation, console)
+    elif report_only:
+        tell(ablation, console, report=folder)
+    else:
+        run(ablation, console, report=folder, executor=executor, workers=workers, threads=threads)
 
 
 @budgets.command("list")

@@ -169,7 +169,7 @@ class RayExecutor:
         self._ray.shutdown()
 
 
-_RUNNER: CellRunner | None = None
+_RUNNERS: list[CellRunner] = []  # one, in a worker process, which its initializer puts there
 
 
 def _start_process(spec: AblationSpec, threads: int, slot: int) -> ProcessPoolExecutor:
@@ -179,12 +179,10 @@ def _start_process(spec: AblationSpec, threads: int, slot: int) -> ProcessPoolEx
 
 
 def _set_up(spec: AblationSpec, threads: int, gpu: int | None) -> None:
-    global _RUNNER
     if gpu is not None:
         torch.cuda.set_device(gpu)
-    _RUNNER = CellRunner(spec, threads)
+    _RUNNERS.append(CellRunner(spec, threads))
 
 
 def _run(order: Order) -> CellResult:
-    assert _RUNNER is not None  # the initializer made it
-    return _RUNNER.run(order)
+    return _RUNNERS[0].run(order)

@@ -28,6 +28,7 @@ def digest_cell(spec: AblationSpec, cell: Cell) -> str:
     return digest_of(
         {
             "cell": asdict(cell),
+            "seed": cell.training_seed,
             "task": spec.task(cell.task).written,
             "adapter": spec.adapter,
             "head_rate": spec.head_rate,

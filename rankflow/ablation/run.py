@@ -31,6 +31,7 @@ from rankflow.ablation.schedule import (
     tuning_losses,
 )
 from rankflow.ablation.store import Store
+from rankflow.ablation.tuning import Point
 from rankflow.ablation.worker import Order
 from rankflow.specs.ablation import AblationSpec
 
@@ -111,6 +112,21 @@ class Ablation:
         self.store.save(outcome)
         self.results[cell] = outcome
         return outcome
+
+    def reported(self) -> list[CellResult]:
+        """Return what a report is made from: all tuning, and the cells at the chosen points."""
+        trials = self.trials
+        points = {
+            group: chosen_point(self.spec, trials, self.results, group)
+            for group in groups_of(self.spec)
+        }
+        return [
+            result
+            for cell, result in self.results.items()
+            if cell.split == "validation"
+            or result.status == "unsupported"
+            or points[Group(cell.task, cell.budget, cell.method)] == Point(cell.rate, cell.scaling)
+        ]
 
     def expected(self) -> int:
         """Estimate how many cells there will be when all is done."""

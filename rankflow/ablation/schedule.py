@@ -108,17 +108,17 @@ def tuning_losses(spec: AblationSpec, results: Results, group: Group) -> dict[Po
     losses: dict[Point, list[float]] = {}
     sign = -1 if HIGHER_IS_BETTER[spec.judge] else 1
     for cell, result in results.items():
-        if cell.split == "validation" and _group_of(cell) == group:
-            if cell.seed in spec.tuning.seeds:
-                value = result.metrics.get(spec.judge, math.inf)
-                losses.setdefault(Point(cell.rate, cell.scaling), []).append(sign * value)
+        is_tuning = cell.split == "validation" and cell.seed in spec.tuning.seeds
+        if is_tuning and _group_of(cell) == group:
+            value = result.metrics.get(spec.judge, math.inf)
+            losses.setdefault(Point(cell.rate, cell.scaling), []).append(sign * value)
     complete = {p: v for p, v in losses.items() if len(v) == len(spec.tuning.seeds)}
     return mean_losses(complete)
 
 
 def grid_of(spec: AblationSpec, trial: Trial) -> Grid:
     """Return where the tuning of a method starts, and how far it goes."""
-    rates = spec.tuning.rates or (trial.rate, 2 * trial.rate)
+    rates = tuple(spec.tuning.rates) or (trial.rate, 2 * trial.rate)
     scalings = trial.scalings if spec.tuning.scalings else trial.scalings[:1]
     return Grid(rates, scalings, spec.tuning.widest)
 

@@ -64,6 +64,7 @@ class CellTrainer(Trainer):
 
     # The loss is the mean over a micro-batch, so the Trainer divides it by their number.
     loss_is_scaled_for_ga = False
+    optimizer: Optimizer | None
 
     def __init__(
         self,
@@ -89,14 +90,15 @@ class CellTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Give the head a learning rate of its own; nothing decays but by ``weight_decay``."""
-        if self.optimizer is None:
+        optimizer = self.optimizer
+        if optimizer is None:
             groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     groups[is_head(name, self._head)].append(parameter)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rates = {False: self.args.learning_rate, True: self._head_rate}
-            self.optimizer = kind(
+            optimizer = kind(
                 [
                     {"params": p, "lr": rates[key], "weight_decay": self.args.weight_decay}
                     for key, p in groups.items()
@@ -104,7 +106,8 @@ class CellTrainer(Trainer):
                 ],
                 **settings,
             )
-        return self.optimizer
+        self.optimizer = optimizer
+        return optimizer
 
     def compute_loss(
         self,

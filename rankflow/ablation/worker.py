@@ -2,34 +2,34 @@
 
 import gc
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from rankflow.ablation.measures.latency import measure_latency
+from rankflow.ablation.measures.memory import measure_peak_bytes
 from rankflow.ablation.methods.method import Built, Method, Setting, UnsupportedError
 from rankflow.ablation.methods.registry import find_method
 from rankflow.ablation.provenance import digest_cell, trace
 from rankflow.ablation.records import (
     Cell,
     CellResult,
-    Latency,
     Parameters,
     RankHistory,
     RankMoment,
 )
 from rankflow.ablation.sizing import choose_size, count_trainable
-from rankflow.ablation.trainer import CellTrainer
+from rankflow.ablation.trainer import CellTrainer, is_head
 from rankflow.ablation.workload import Workload, autocast_of, open_workload
 from rankflow.engine import RankFlow
 from rankflow.errors import BudgetError
 from rankflow.specs.ablation import AblationSpec
 from rankflow.training.adapter import add_adapter
-from rankflow.training.models import BaseModel
 from rankflow.training.plan import count_steps
 from rankflow.training.quiet import quiet_libraries
 
@@ -105,8 +105,8 @@ class CellRunner:
             adapter={**self.spec.adapter, "lora_alpha": alpha * cell.scaling},
             parameters=parameters,
             rank=parameters / self._rank_cost(task.name),
-            steps=count_steps(workload.rows(cell.seed), arguments),
-            seed=cell.seed,
+            steps=count_steps(workload.rows(cell.training_seed), arguments),
+            seed=cell.training_seed,
             options=self.spec.variant(cell.method).config,
             learned=learned,
         )
@@ -124,13 +124,13 @@ class CellRunner:
         size = None
         if method.size_name:
             size = choose_size(method, workload.build_meta, setting).size
-        set_seed(cell.seed)  # a new head and the adapter are drawn at random
-        base = workload.load_base(cell.seed, quantised=method.quantised)
+        set_seed(cell.training_seed)  # a new head and the adapter are drawn at random
+        base = workload.load_base(cell.training_seed, quantised=method.quantised)
         head = base.full_modules
         folder = order.folder or Path("unused")
         arguments = self._arguments(cell, folder)
         base.model.to(arguments.device)
-        set_seed(cell.seed)  # the adapter is the same whatever the head took
+        set_seed(cell.training_seed)  # the adapter is the same whatever the head took
         built = method.build(base, setting, size)
         trainer = CellTrainer(
             built=built,
@@ -138,7 +138,7 @@ class CellRunner:
             head=head,
             head_rate=self.spec.head_rate,
             pooling=workload.pooling,
-            train_dataset=workload.rows(cell.seed),
+            train_dataset=workload.rows(cell.training_seed),
             data_collator=workload.collate,
         )
         trainer.remove_callback(PrinterCallback)
@@ -155,37 +155,41 @@ class CellRunner:
             final = built.final()
         autocast = autocast_of(self.spec.task(cell.task).train, arguments.device)
         metrics = workload.judge(built.model, cell.split, autocast)
+        ranks = None if flow is None else history_of(flow)
         clock = trainer.clock
-        latency, peak_bytes = None, None
-        if order.is_measured:
-            latency, peak_bytes = self._measure(cell, workload, built, trainer)
-        return CellResult(
+        result = CellResult(
             cell,
             "done",
             trace(digest),
-            metrics=metrics,
+            metrics=metrics | workload.judge_ranks(ranks, cell.training_seed),
             parameters=Parameters(
-                setting.parameters, final, peak, _stored(built), head_parameters, size
+                setting.parameters, final, peak, _stored(built, head), head_parameters, size
             ),
             seconds_per_step=clock.wall / clock.steps,
             cpu_seconds_per_step=clock.cpu / clock.steps,
-            peak_bytes=peak_bytes,
-            latency=latency,
-            ranks=None if flow is None else history_of(flow),
+            ranks=ranks,
         )
+        if cell.split == "test":
+            forgetting = workload.measure_forgetting(built.model, autocast)
+            result = replace(result, forgetting=forgetting)
+        return self._measured(result, workload, built, trainer) if order.is_measured else result
 
-    def _measure(
-        self, cell: Cell, workload: Workload, built: Built, trainer: CellTrainer
-    ) -> tuple[Latency, int]:
-        from rankflow.ablation.measures.latency import measure_latency
-        from rankflow.ablation.measures.memory import measure_step_memory
-
-        device = trainer.args.device
-        batch = {key: value.to(device) for key, value in workload.sample(cell.seed).items()}
-        peak = measure_step_memory(trainer, batch)
-        base = workload.load_base(cell.seed, quantised=False).model.to(device)
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        return measure_latency(base, built, inputs, rounds=_ROUNDS), peak
+    def _measured(
+        self, result: CellResult, workload: Workload, built: Built, trainer: CellTrainer
+    ) -> CellResult:
+        """Add memory and latency."""
+        cell, device = result.cell, trainer.args.device
+        batch = {
+            key: value.to(device) for key, value in workload.sample(cell.training_seed).items()
+        }
+        with trainer.compute_loss_context_manager():
+            peak = measure_peak_bytes(
+                built.model, lambda: trainer.compute_loss(built.model, dict(batch))
+            )
+            base = workload.load_base(cell.training_seed, quantised=False).model.to(device)
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            latency = measure_latency(base, built, inputs, rounds=_ROUNDS)
+        return replace(result, peak_bytes=peak, latency=latency)
 
     def _arguments(self, cell: Cell, folder: Path) -> TrainingArguments:
         defaults: dict[str, Any] = {
@@ -197,7 +201,7 @@ class CellRunner:
             "dataloader_pin_memory": torch.cuda.is_available(),
             "remove_unused_columns": False,  # the rows hold what the model takes, and no more
         }
-        ours = {"output_dir": str(folder), "seed": cell.seed, "learning_rate": cell.rate}
+        ours = {"output_dir": str(folder), "seed": cell.training_seed, "learning_rate": cell.rate}
         return TrainingArguments(**defaults | self.spec.task(cell.task).train | ours)
 
     def _rank_cost(self, task: str) -> int:
@@ -240,5 +244,13 @@ def _peak(flow: RankFlow) -> int:
     return max([flow.spent, *(max(event.spent_before, event.spent) for event in flow.history)])
 
 
-def _stored(built: Built) -> int:
-    return 0
+def _stored(built: Built, head: tuple[str, ...]) -> int:
+    """Count what the files of the adaptation hold: PEFT's, or what trains where PEFT has no part.
+
+    A LoRA site that is off is left out of an export; PEFT's files of the live model hold it.
+    """
+    model = built.model
+    if not isinstance(model, PeftModel):
+        return count_trainable(model, head)[0]
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return sum(value.numel() for name, value in state.items() if not is_head(name, head))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -12,13 +12,29 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import default_data_collator
+from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from rankflow.ablation.bases import load_base
+from rankflow.ablation.measures.forgetting import measure_forgetting
+from rankflow.ablation.measures.general_data import (
+    ForgettingData,
+    ScoredPairs,
+    load_pairs,
+    load_texts,
+)
 from rankflow.ablation.measures.modes import evaluating
-from rankflow.ablation.planted import Design, PlantedModel, PlantedRows, excess_share, plant
+from rankflow.ablation.planted import (
+    Design,
+    PlantedModel,
+    PlantedRows,
+    excess_share,
+    magnitude_recovery,
+    plant,
+    rank_recovery,
+)
+from rankflow.ablation.records import Forgetting, RankHistory
 from rankflow.errors import SpecError
-from rankflow.specs.ablation import TaskSpec, TeacherSpec
+from rankflow.specs.ablation import ForgettingSpec, TaskSpec, TeacherSpec
 from rankflow.specs.run import DataSpec, ModelSpec
 from rankflow.training.data import load_data
 from rankflow.training.metrics import classification_metrics
@@ -62,6 +78,12 @@ class Workload(Protocol):
     def judge(self, model: nn.Module, split: str, autocast: Autocast) -> dict[str, float]:
         """Measure a trained model on a split."""
 
+    def judge_ranks(self, ranks: RankHistory | None, seed: int) -> dict[str, float]:
+        """Compare the learned ranks with the true ones, where these are known."""
+
+    def measure_forgetting(self, model: nn.Module, autocast: Autocast) -> Forgetting | None:
+        """Measure what the base model could do, before and after; None if nothing is to be."""
+
 
 def open_workload(task: TaskSpec) -> Workload:
     """Read, check and tokenise what a task needs.
@@ -75,7 +97,24 @@ def open_workload(task: TaskSpec) -> Workload:
         return PlantedWorkload(task.teacher, batch)
     assert task.model is not None  # the spec sees to it
     assert task.data is not None
-    return open_texts(task.name, task.model, task.data, batch)
+    return _open_texts(task, task.model, task.data, batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What shows whether a model forgets.
+
+    Attributes:
+        data: The rows.
+        tokenizer: The model's tokenizer.
+        max_length: Longest text, in tokens.
+        before: What the base model reaches, once it has been measured.
+    """
+
+    data: ForgettingData
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    before: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +127,7 @@ class TextWorkload:
         labels: Class names by index; empty for language models.
         collate: Pads rows into a batch.
         batch: Rows of a training batch.
+        memory: What shows whether the model forgets; None for nothing.
     """
 
     model: ModelSpec
@@ -95,6 +135,7 @@ class TextWorkload:
     labels: tuple[str, ...]
     collate: Collator
     batch: int
+    memory: Memory | None
 
     @property
     def pooling(self) -> TokenPooling | None:
@@ -136,6 +177,33 @@ class TextWorkload:
                 return _judge_classes(model, self._batches(rows, model), self.pooling)
             return _judge_tokens(model, self._batches(rows, model))
 
+    def judge_ranks(self, ranks: RankHistory | None, seed: int) -> dict[str, float]:
+        """Nobody knows the true ranks."""
+        return {}
+
+    def measure_forgetting(self, model: nn.Module, autocast: Autocast) -> Forgetting | None:
+        """Measure similarity of an encoder, perplexity of a language model, before and after."""
+        memory = self.memory
+        if memory is None:
+            return None
+
+        def measure(measured: nn.Module) -> float:
+            pooling: TokenPooling = "cls" if self.model.pooling == "cls" else "mean"
+            with autocast():
+                return measure_forgetting(
+                    measured,
+                    memory.data,
+                    memory.tokenizer,
+                    pooling=pooling,
+                    max_length=memory.max_length,
+                )
+
+        if not memory.before:
+            device = next(model.parameters()).device
+            memory.before.append(measure(self.load_base(0, quantised=False).model.to(device)))
+        name = "similarity" if isinstance(memory.data, ScoredPairs) else "perplexity"
+        return Forgetting(name, memory.before[0], measure(model))
+
     def _batches(self, rows: Dataset, model: nn.Module) -> Iterator[dict[str, Tensor]]:
         device = next(model.parameters()).device
         ordered = rows.select(_by_length(rows))
@@ -143,26 +211,34 @@ class TextWorkload:
             yield {key: value.to(device) for key, value in batch.items()}
 
 
-def open_texts(name: str, model: ModelSpec, data: DataSpec, batch: int) -> TextWorkload:
-    """Read, check and tokenise the rows of a model.
-
-    Raises:
-        SpecError: Tuning or testing has no rows of its own.
-    """
+def _open_texts(task: TaskSpec, model: ModelSpec, data: DataSpec, batch: int) -> TextWorkload:
     with quiet_libraries():
         loaded = load_data(data, model.task)
         for split in ("validation", "test"):
             if split not in loaded.splits:
                 raise SpecError(
-                    f"[tasks.{name}.data] has no {split} rows; an ablation tunes on the "
+                    f"[tasks.{task.name}.data] has no {split} rows; an ablation tunes on the "
                     "validation split and reports the test split: name files for both"
                 )
         base = build_meta_model(model, loaded.labels)
         check_length(data.max_length, base.model.config)
         splits = tokenize(loaded.splits, base.tokenizer, model.task, data.max_length)
-    return TextWorkload(
-        model, splits, loaded.labels, make_collator(base.tokenizer, model.task), batch
-    )
+        collate = make_collator(base.tokenizer, model.task)
+        memory = _open_memory(task.forgetting, model, base.tokenizer)
+    return TextWorkload(model, splits, loaded.labels, collate, batch, memory)
+
+
+def _open_memory(
+    spec: ForgettingSpec | None, model: ModelSpec, tokenizer: PreTrainedTokenizerBase
+) -> Memory | None:
+    if spec is None:
+        return None
+    data: ForgettingData
+    if model.task == "causal-lm":
+        data = load_texts(spec.data, spec.text, spec.max_rows)
+    else:
+        data = load_pairs(spec.data, spec.text, spec.text_pair, spec.score, spec.max_rows)
+    return Memory(data, tokenizer, spec.max_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +289,23 @@ class PlantedWorkload:
     def judge(self, model: nn.Module, split: str, autocast: Autocast) -> dict[str, float]:
         """Return the share of the excess loss that is left, exactly, whatever the split."""
         return {"excess": excess_share(model)}
+
+    def judge_ranks(self, ranks: RankHistory | None, seed: int) -> dict[str, float]:
+        """Return Spearman's correlation of learned and true ranks, and how magnitudes fit."""
+        if ranks is None:
+            return {}
+        last, design = ranks.moments[-1], self._design
+        learned = dict(zip(ranks.sites, last.ranks, strict=True))
+        found = {"rank_spearman": rank_recovery(learned, design.true_ranks)}
+        if last.magnitudes:
+            on = [ranks.sites[i] for i in last.magnitudes]
+            fit = magnitude_recovery(on, design.true_magnitudes)
+            found |= {"magnitude_precision": fit.precision, "magnitude_recall": fit.recall}
+        return found
+
+    def measure_forgetting(self, model: nn.Module, autocast: Autocast) -> None:
+        """It could do nothing before."""
+        return
 
     @property
     def _design(self) -> Design:

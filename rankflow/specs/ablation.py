@@ -92,8 +92,10 @@ class TuningSpec(Spec):
         enabled: False takes the first rate of each method as it is.
     """
 
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (100,)
-    rates: tuple[PositiveFloat, ...] = ()
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
+        default_factory=lambda: [100]
+    )
+    rates: list[PositiveFloat] = Field(default_factory=list)
     scalings: bool = True
     widest: Annotated[float, Field(ge=1)] = 16.0
     enabled: bool = True

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rankflow.errors import RankFlowError, SpecError
-from rankflow.specs.ablation import ForgettingSpec
 from rankflow.specs.reading import suggest
-from rankflow.specs.run import Task
 from rankflow.training.data import draw_rows
 from rankflow.training.sources import Split, load_files
 
@@ -27,11 +25,6 @@ class ScoredPairs:
     second: tuple[str, ...]
     scores: tuple[float, ...]
 
-    @property
-    def measure(self) -> str:
-        """What they measure."""
-        return "similarity"
-
 
 @dataclass(frozen=True, slots=True)
 class GeneralTexts:
@@ -39,39 +32,12 @@ class GeneralTexts:
 
     texts: tuple[str, ...]
 
-    @property
-    def measure(self) -> str:
-        """What they measure."""
-        return "perplexity"
-
 
 ForgettingData = ScoredPairs | GeneralTexts
 
 
-def load_general_data(spec: ForgettingSpec, task: Task) -> ForgettingData:
-    """Read what shows forgetting in a model of a task: pairs for encoders, texts for decoders.
-
-    Raises:
-        SpecError: There is no such column, or no such measure for the task.
-        RankFlowError: A file cannot be read, or its rows are not fit.
-    """
-    if task == "seq2seq-lm":
-        raise SpecError(
-            f"[forgetting] cannot be measured for task = '{task}', whose models neither embed nor "
-            "continue a text; remove it"
-        )
-    if task == "causal-lm":
-        return load_texts(spec.data, spec.text, max_rows=spec.max_rows)
-    return load_pairs(spec.data, spec.text, spec.text_pair, spec.score, max_rows=spec.max_rows)
-
-
 def load_pairs(
-    files: tuple[Path, ...],
-    text: str,
-    text_pair: str,
-    score: str,
-    *,
-    max_rows: int | None = None,
+    files: tuple[Path, ...], text: str, text_pair: str, score: str, max_rows: int | None = None
 ) -> ScoredPairs:
     """Read pairs of texts with their scores.
 
@@ -80,7 +46,7 @@ def load_pairs(
         text: Column with one text.
         text_pair: Column with the other.
         score: Column with the score.
-        max_rows: Number of rows to use; None for all.
+        max_rows: Number of rows to use, drawn the same way every time; None for all.
 
     Raises:
         SpecError: There is no such column.
@@ -99,24 +65,19 @@ def load_pairs(
     return ScoredPairs(first, second, scores)
 
 
-def load_texts(files: tuple[Path, ...], text: str, *, max_rows: int | None = None) -> GeneralTexts:
+def load_texts(files: tuple[Path, ...], text: str, max_rows: int | None = None) -> GeneralTexts:
     """Read texts.
 
     Args:
         files: Files with the rows (jsonl, json, csv, parquet).
         text: Column with the text.
-        max_rows: Number of rows to use; None for all.
+        max_rows: Number of rows to use, drawn the same way every time; None for all.
 
     Raises:
         SpecError: There is no such column.
         RankFlowError: A file cannot be read, or a row lacks a text.
     """
     return GeneralTexts(_texts(_load(files, max_rows), "text", text))
-
-
-def _load(files: tuple[Path, ...], max_rows: int | None) -> Split:
-    split = load_files(files)
-    return Split(draw_rows(split.rows, max_rows), split.origin)
 
 
 def _texts(split: Split, role: str, column: str) -> tuple[str, ...]:
@@ -150,3 +111,8 @@ def _column(split: Split, role: str, column: str) -> list[Any]:
             f"{suggest(column, present)}"
         )
     return list(split.rows[column])
+
+
+def _load(files: tuple[Path, ...], max_rows: int | None) -> Split:
+    split = load_files(files)
+    return Split(draw_rows(split.rows, max_rows), split.origin)

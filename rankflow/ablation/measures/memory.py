@@ -1,35 +1,27 @@
 """How much memory a training step of the adapted model takes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from rankflow.bench.memory import peak_bytes
 
 
-def measure_step_memory(trainer: Trainer, batch: Mapping[str, Tensor]) -> int:
+def measure_peak_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     """Return the most bytes that the tensors of a forward and backward pass hold at a time.
 
     Activations and gradients are counted, weights and the optimizer's state are not. Model,
     gradients and random numbers come out as they were.
 
     Args:
-        trainer: Its model, loss and precision count.
-        batch: A batch on the model's device.
+        model: The model; it runs in training mode.
+        loss: Runs the model on a batch that is on its device, and returns the loss.
     """
-    model = trainer.model
     device = next(model.parameters()).device
-
-    def compute() -> None:
-        with trainer.accelerator.autocast():
-            loss = trainer.compute_loss(model, dict(batch))
-        loss.backward()
-
     with _untouched(model, device):
-        return peak_bytes(compute, device)
+        return peak_bytes(lambda: loss().backward(), device)
 
 
 @contextmanager

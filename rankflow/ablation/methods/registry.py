@@ -2,9 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final, cast
 
+from rankflow.ablation.methods.adalora import AdaloraMethod
+from rankflow.ablation.methods.bitfit import BitFit
+from rankflow.ablation.methods.boft import BoftMethod
+from rankflow.ablation.methods.bottleneck import BottleneckAdapters
+from rankflow.ablation.methods.full import FullFineTuning
 from rankflow.ablation.methods.method import Method
+from rankflow.ablation.methods.peft_tuners import TUNERS
+from rankflow.ablation.methods.prompts import PROMPTS
 from rankflow.ablation.methods.steered import Steered
 from rankflow.errors import SpecError
 from rankflow.specs.ablation import MethodSpec
@@ -14,7 +21,7 @@ LORA: Final = "LoRA, arXiv 2106.09685"
 DORA: Final = "weight-decomposed DoRA, arXiv 2402.09353"
 OURS: Final = "RankFlow"
 
-METHODS: Final[Mapping[str, Method]] = {
+_PLAIN: Final[Mapping[str, Steered]] = {
     "lora": Steered("PEFT's LoRA, one rank everywhere", LORA),
     "rslora": Steered(
         "PEFT's LoRA with the scale alpha / sqrt(rank)",
@@ -25,12 +32,15 @@ METHODS: Final[Mapping[str, Method]] = {
     "dora": Steered("PEFT's DoRA, one rank everywhere", DORA, use_dora=True),
     "qlora": Steered("LoRA over a base in 4 bits", "QLoRA, arXiv 2305.14314", quantised=True),
     "qdora": Steered("DoRA over a base in 4 bits", DORA, use_dora=True, quantised=True),
+}
+
+_DYNAMIC: Final[Mapping[str, Steered]] = {
     "dvora": Steered(
         "DoRA's magnitude over VeRA: gates on random, frozen, shared rows",
         "VeRA, arXiv 2310.11454, and DoRA, arXiv 2402.09353",
         use_dora=True,
         rate=2e-2,
-        overrides={"components": "vera", "max_rank": 256},
+        rows=256,
     ),
     "dynamic-rank-dora": Steered(
         "gated components, pruned from 1.5x by their share in a layer",
@@ -44,6 +54,9 @@ METHODS: Final[Mapping[str, Method]] = {
         preset="hybrid",
         use_dora=True,
     ),
+}
+
+_CONTROLS: Final[Mapping[str, Steered]] = {
     "lora-1.5x": Steered("control: LoRA with half as many parameters again", LORA, factor=1.5),
     "random-allocation": Steered(
         "control: the hybrid with ranks drawn at random",
@@ -66,6 +79,20 @@ METHODS: Final[Mapping[str, Method]] = {
         truncates=True,
     ),
 }
+
+METHODS: Final[Mapping[str, Method]] = {
+    "full": FullFineTuning(),
+    **_PLAIN,
+    "adalora": AdaloraMethod(),
+    **TUNERS,
+    "boft": BoftMethod(),
+    "adapter": BottleneckAdapters(),
+    **PROMPTS,
+    "bitfit": BitFit(),
+    **_DYNAMIC,
+    **_CONTROLS,
+}
+"""The rows by name; the first of them are the field's, then ours, then controls."""
 
 
 def find_method(variant: MethodSpec) -> Method:
@@ -93,4 +120,8 @@ def find_method(variant: MethodSpec) -> Method:
         raise SpecError(
             f"[method] {wrong}: '{variant.like}' has no RankFlow budget; set config instead"
         )
-    return method if variant.rate is None else dataclasses.replace(method, rate=variant.rate)
+    return (
+        method
+        if variant.rate is None
+        else dataclasses.replace(cast(Any, method), rate=variant.rate)
+    )

@@ -16,7 +16,9 @@ from peft import PeftModel
 from torch import nn
 
 from rankflow.ablation.methods.method import Built, Setting, UnsupportedError
+from rankflow.ablation.methods.truncate import truncate
 from rankflow.ablation.records import RankHistory
+from rankflow.adapters.sites import find_sites
 from rankflow.specs.ablation import MethodSpec
 from rankflow.specs.budget import BudgetSpec, load_budget
 from rankflow.training.adapter import add_adapter
@@ -39,6 +41,8 @@ class Steered:
         quantised: Whether the base weights are in 4 bits.
         truncates: Whether the trained adapter is cut to the ablation's budget by SVD.
         follows: The method whose learned ranks it keeps from its first step on.
+        rows: Rows of VeRA's random matrices, which bound what it can train; 0 where components are
+            trained themselves.
     """
 
     summary: str
@@ -52,6 +56,7 @@ class Steered:
     quantised: bool = False
     truncates: bool = False
     follows: str | None = None
+    rows: int = 0
 
     @property
     def scalings(self) -> tuple[float, ...]:
@@ -81,8 +86,9 @@ class Steered:
         Raises:
             SpecError: An override is wrong.
         """
+        vera = {"components": "vera", "max_rank": self.rows} if self.rows else {}
         params = int(self.factor * parameters)
-        return load_budget(self.preset, params=params, seed=seed, **self.overrides)
+        return load_budget(self.preset, params=params, seed=seed, **vera, **self.overrides)
 
     def sizes(self, base: BaseModel, setting: Setting) -> tuple[int, ...]:
         """None to choose."""
@@ -94,11 +100,19 @@ class Steered:
         if self.rank_stabilised:
             settings |= {"use_rslora": True, "r": max(1, round(setting.rank))}
         model = add_adapter(base, setting.model, settings)
-        budget = self.budget(setting.parameters, setting.seed)
+        allowed = min(setting.parameters, self._capacity(model) or setting.parameters)
+        budget = self.budget(allowed, setting.seed)
         if self.follows is not None:
             budget = _retrace(budget, setting.learned, self.follows)
-        finish = partial(print, model, setting.parameters) if self.truncates else None
+        finish = partial(_truncate, model, setting.parameters) if self.truncates else None
         return Built(model, budget=budget, finish=finish, merge=partial(_merge, model))
+
+    def _capacity(self, model: PeftModel) -> int:
+        """Return all that VeRA's sites can train: gates of rows, and of random rows; else 0."""
+        if not self.rows:
+            return 0
+        vectors = 1 + self.use_dora
+        return sum(vectors * site.out_features + self.rows for site in find_sites(model))
 
 
 def _retrace(budget: BudgetSpec, learned: RankHistory | None, source: str) -> BudgetSpec:
@@ -108,13 +122,17 @@ def _retrace(budget: BudgetSpec, learned: RankHistory | None, source: str) -> Bu
     last = learned.moments[-1]
     ranks = {_exactly(site): rank for site, rank in zip(learned.sites, last.ranks, strict=True)}
     if budget.magnitude == "budgeted":
-        off = set(range(len(learned.sites))) - set(last.magnitudes)
-        ranks = {f"{_exactly(learned.sites[i])}.magnitude": 0 for i in sorted(off)} | ranks
+        off = [site for i, site in enumerate(learned.sites) if i not in last.magnitudes]
+        ranks |= {_exactly(f"{site}.magnitude"): 0 for site in off}
     return budget.model_copy(update={"policy": "frozen", "ranks": ranks})
 
 
 def _exactly(site: str) -> str:
     return f"^{re.escape(site)}$"
+
+
+def _truncate(model: PeftModel, parameters: int) -> None:
+    truncate(model, parameters)
 
 
 def _merge(model: PeftModel) -> nn.Module:

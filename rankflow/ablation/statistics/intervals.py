@@ -3,15 +3,22 @@
 Which interval covers the truth at 3 to 10 seeds was simulated, as in the slow test of this module:
 one or three tasks, differences that are normal, skewed (lognormal), heavy-tailed (t with 3 degrees
 of freedom), or of unequal spread between tasks; 2,000 tables each. Coverage of 95% intervals, in
-per cent, from the worst shape to the best:
+per cent, from the lowest of these cases to the highest, and the mean distance from 95:
 
-==========================  ============  ============  =============
-interval                    3 seeds       5 seeds       10 seeds
-==========================  ============  ============  =============
-stratified percentile       COVERAGE
-==========================  ============  ============  =============
+======================  =========  =========  =========  ========
+interval                3 seeds    5 seeds    10 seeds   distance
+======================  =========  =========  =========  ========
+percentile bootstrap    70 to 82   79 to 89   87 to 93   10.8
+BCa bootstrap           68 to 82   80 to 89   87 to 93   11.7
+studentised bootstrap   95 to 100  93 to 95   92 to 96   1.6
+Student                 90 to 97   90 to 97   92 to 96   1.6
+======================  =========  =========  =========  ========
 
-The percentile and BCa intervals claim far more than they know, so they are not offered.
+Percentile and BCa intervals claim far more than they know, so they are not offered. Student's is
+the default: as near to nominal as the studentised bootstrap, bounded with three seeds of one task
+(the bootstrap's is not), the same in every run, and it agrees with the test of equivalence. The
+bootstrap is the one to take where differences are skewed: from 5 seeds on it then covers 93 to 95,
+Student's 90 to 93.
 """
 
 from typing import Final, Literal
@@ -86,7 +93,9 @@ def bootstrap_interval(
         variance += drawn.var(axis=1, ddof=1) * (weight[group] ** 2).sum()
     # Drawing one pair alone leaves rounding for a variance; its quantile is an infinity.
     alone = variance <= 1e-20 * error**2
-    ratio = np.where(alone, np.sign(shift) * np.inf, shift / np.sqrt(np.where(alone, 1, variance)))
+    ratio = shift / np.sqrt(np.where(alone, 1.0, variance))
+    astray = alone & (shift != 0)
+    ratio[astray] = np.copysign(np.inf, shift[astray])
     tail = (1 - level) / 2
     low = np.quantile(ratio, 1 - tail, method="higher")
     high = np.quantile(ratio, tail, method="lower")

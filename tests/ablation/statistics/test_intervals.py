@@ -73,6 +73,12 @@ def test_three_pairs_leave_the_bootstrap_without_bounds(make_pairs):
     assert np.isfinite(student_interval(make_pairs(ONE[:3]))).all()
 
 
+def test_a_resample_may_lie_exactly_at_the_mean(make_pairs):
+    low, high = bootstrap_interval(make_pairs([-1.0, 0.0, 1.0] * 2))
+    assert low < 0 < high
+    assert bootstrap_interval(make_pairs([-1.0, 0.0, 1.0])) == (-math.inf, math.inf)
+
+
 def test_the_seed_decides_the_bootstrap(make_pairs):
     pairs = make_pairs(ONE, TWO)
     found = interval(pairs, "bootstrap", seed=1)

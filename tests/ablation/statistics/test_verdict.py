@@ -139,6 +139,11 @@ def test_seeds_needed_are_for_each_task(make_table):
     effect = sample.mean() / sample.std(ddof=1)
     # Normal approximation, ((1.96 + 0.84) / d_z)^2 pairs, a few pairs short of the t test's.
     assert found.seeds_needed == pytest.approx((2.8 / effect) ** 2 / 3, rel=0.05, abs=1)
+    # At a quarter of the level 1.96 becomes 2.50.
+    one["third"] = one["theirs"]
+    declared = [("ours", "theirs"), ("ours", "third"), ("theirs", "ours"), ("third", "ours")]
+    four = compare_all(make_table(one), declared, margin=0.001)[0]
+    assert four.seeds_needed == pytest.approx((3.34 / effect) ** 2 / 3, rel=0.05, abs=1)
 
 
 def test_a_method_that_is_another_under_a_second_name_is_equivalent(make_table):
