@@ -184,7 +184,7 @@ def test_the_loss_of_an_evaluation_has_no_penalty(host_cases):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_scale_is_that_of_lora(host_cases, dtype):
     case = host_cases["language model"]
-    built = METHOD.build(case.base(dtype), case.setting(r=8, lora_alpha=24), SIZE)
+    built = METHOD.build(case.base(dtype), case.setting(r=8, lora_alpha=24), 4 * SIZE)
     model = built.model.double()
     randomise(model)
     site = sites_of(model)[3]

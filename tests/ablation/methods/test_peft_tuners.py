@@ -131,6 +131,12 @@ def test_as_many_train_on_meta_as_in_memory(host_case, name):
     assert {p.device.type for p in empty.model.parameters() if p.requires_grad} == {"meta"}
 
 
+def test_projections_are_not_drawn_while_parameters_are_counted(host_cases):
+    case = host_cases["language model"]
+    model = TUNERS["vera"].build(on_meta(case.base()), case.setting(), 6).model
+    assert {buffer.device.type for n, buffer in model.named_buffers() if "vera" in n} == {"meta"}
+
+
 def test_vera_trains_a_vector_of_the_rank_and_one_of_the_outputs(host_case):
     targets = find_targets(host_case.base(), host_case.setting()).values()
     model = build("vera", host_case, size=5).model
