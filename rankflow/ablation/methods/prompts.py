@@ -35,6 +35,8 @@ def _room(base: BaseModel, setting: Setting) -> range:
 
 def _prompt_lengths(base: BaseModel, setting: Setting) -> Sequence[int]:
     spec = setting.model
+    if spec is None:
+        raise UnsupportedError("the model has no embeddings, before which tokens could be put")
     if spec.task == "token-classification":
         raise UnsupportedError("PEFT's prompt tuning does not align labels of single tokens")
     by_last = spec.task == "sequence-classification" and spec.pooling == "model"
@@ -53,7 +55,7 @@ def _prompt(setting: Setting, size: int, base: BaseModel) -> PeftConfig:
 
 
 def _prefix_lengths(base: BaseModel, setting: Setting) -> Sequence[int]:
-    backbone = base.model.base_model
+    backbone = getattr(base.model, "base_model", base.model)
     if "past_key_values" not in inspect.signature(backbone.forward).parameters:
         raise UnsupportedError(
             f"the attention of {type(backbone).__name__} takes no keys and values from outside, "
