@@ -12,7 +12,7 @@ from rankflow.ablation.report.drawing.forest import ForestLine, draw_forest
 from rankflow.ablation.report.drawing.panels import Estimate
 from rankflow.ablation.report.drawing.ranks import FinalRanks, draw_ranks
 from rankflow.ablation.report.drawing.scatter import Price, draw_scatter
-from rankflow.ablation.report.drawing.style import MethodStyle, as_png, style_methods
+from rankflow.ablation.report.drawing.style import MOST_STYLES, MethodStyle, as_png, style_methods
 from rankflow.ablation.report.rows import Gathered, MethodRow, Place
 from rankflow.ablation.report.verdicts import METRICS, Verdict
 from rankflow.ablation.statistics.spread import Spread
@@ -70,10 +70,15 @@ def _curves(spec: AblationSpec, rows: Rows, styles: dict[str, MethodStyle]) -> l
         ticks={x: f"{x:g}" if by_rank else f"{x:,.0f}" for x in places.values()},
         metric=METRICS[spec.judge],
     )
+    rest = (
+        f" Grey, without intervals: methods beyond the first {MOST_STYLES}."
+        if any(not style.listed for style in styles.values())
+        else ""
+    )
     caption = (
         f"Quality against budget: mean {METRICS[spec.judge]} over seeds with intervals of "
         f"{100 * (1 - spec.alpha):g}%. Points are shifted sideways a little, so that they do not "
-        f"hide each other. {_HOLLOW} {_CUT}"
+        f"hide each other. {_HOLLOW} {_CUT}{rest}"
     )
     return [Picture("quality", caption, as_png(draw_curves(tasks, styles, axes)))]
 

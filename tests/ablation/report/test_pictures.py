@@ -79,7 +79,9 @@ def test_more_methods_than_colours_are_drawn_in_grey(draw):
     scenario = draw(
         methods=methods, tasks={"clinc": 0.5}, ranks=(1, 2), seeds=2, compare=(), interaction=None
     )
-    assert ink(pictures(scenario.spec, scenario.results())["quality"]) > 0.01
+    quality = pictures(scenario.spec, scenario.results())["quality"]
+    assert ink(quality) > 0.01
+    assert quality.caption.endswith("Grey, without intervals: methods beyond the first 10.")
 
 
 def test_budgets_in_parameters_are_an_axis_too(draw):

@@ -9,6 +9,7 @@ from typing import Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from rankflow.ablation.report.drawing.style import INK, LABEL_POINTS, MethodStyle, new_figure
 from rankflow.ablation.statistics.spread import Spread
@@ -84,6 +85,12 @@ def axis_limits(estimates: Iterable[Estimate], also: Sequence[float] = ()) -> tu
     high_end = min(max([high, *ends]), high + reach)
     margin = 0.06 * (high_end - low_end or span)
     return low_end - margin, high_end + margin
+
+
+def scale_horizontal(axes: Axes, estimates: Iterable[Estimate], also: Sequence[float] = ()) -> None:
+    """Fit the horizontal axis to the means; few ticks, so that long labels do not touch."""
+    axes.set_xlim(*axis_limits(estimates, also))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def scale_vertical(axes: Axes, estimates: Sequence[Estimate]) -> None:

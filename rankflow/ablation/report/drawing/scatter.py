@@ -11,9 +11,9 @@ from matplotlib.lines import Line2D
 from rankflow.ablation.report.drawing.panels import (
     Estimate,
     add_legend,
-    axis_limits,
     draw_estimate,
     panel_grid,
+    scale_horizontal,
     scale_vertical,
 )
 from rankflow.ablation.report.drawing.style import FAINT, INK, MethodStyle, tidy
@@ -86,5 +86,5 @@ def _limit(axes: Axes, points: Sequence[Price]) -> None:
         return
     prices = [p for point in points for p in (point.unmerged, point.merged) if p is not None]
     exact = [Estimate(price, math.nan, math.nan) for price in prices]
-    axes.set_xlim(*axis_limits(exact))
+    scale_horizontal(axes, exact)
     scale_vertical(axes, [point.quality for point in points])
