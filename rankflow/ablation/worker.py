@@ -189,10 +189,9 @@ class CellRunner:
         batch = {
             key: value.to(device) for key, value in workload.sample(cell.training_seed).items()
         }
-        with trainer.compute_loss_context_manager():
-            peak = measure_peak_bytes(
-                built.model, lambda: trainer.compute_loss(built.model, dict(batch))
-            )
+        peak = measure_peak_bytes(
+            built.model, lambda: trainer.compute_loss(built.model, dict(batch))
+        )
         base = workload.load_base(cell.training_seed, quantised=False).model.to(device)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         with autocast():
