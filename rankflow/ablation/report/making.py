@@ -7,6 +7,7 @@ from rankflow.ablation.report.document import Block, Bullets, Heading, Paragraph
 from rankflow.ablation.report.method import MethodWords
 from rankflow.ablation.report.rows import Gathered
 from rankflow.ablation.report.verdicts import METRICS
+from rankflow.ablation.statistics.intervals import FEWEST_RESAMPLED
 from rankflow.specs.ablation import AblationSpec
 
 
@@ -80,9 +81,9 @@ def _statistics(spec: AblationSpec) -> list[Paragraph]:
             lead="Sign-flip test:",
         ),
         Paragraph(
-            f"Student's {level:g}% interval of the mean paired difference, with differences "
-            f"between tasks left out of its noise. Simulations showed that percentile bootstrap "
-            f"intervals are too narrow for so few seeds.",
+            f"studentised bootstrap {level:g}% interval of the mean paired difference, resampled "
+            f"within tasks; Student's with fewer than {FEWEST_RESAMPLED} pairs. Simulations showed "
+            f"that percentile and BCa intervals are too narrow for so few seeds.",
             lead="Interval:",
         ),
         Paragraph(
