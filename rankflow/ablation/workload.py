@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -359,9 +360,12 @@ def _by_length(rows: Dataset) -> np.ndarray:
 
 
 def autocast_of(arguments: Mapping[str, Any], device: torch.device) -> Autocast:
-    """Return the precision in which the Trainer computes, for what is computed beside it."""
-    if arguments.get("bf16"):
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    if arguments.get("fp16"):
-        return lambda: torch.autocast(device.type, torch.float16)
+    """Return the precision in which the Trainer computes, for what is computed beside it.
+
+    Casts are not cached: torch caches those of trainable weights alone, and a base whose weights
+    are frozen would look slower than one whose are not.
+    """
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if arguments.get(key):
+            return partial(torch.autocast, device.type, dtype, cache_enabled=False)
     return nullcontext

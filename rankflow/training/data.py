@@ -72,7 +72,7 @@ def load_data(spec: DataSpec, task: Task) -> TaskData:
     return TaskData(
         DatasetDict(
             {
-                name: _draw(rows[name], limits.get(name, spec.max_eval_rows))
+                name: draw_rows(rows[name], limits.get(name, spec.max_eval_rows))
                 for name in ("train", "validation", "test")
                 if name in rows
             }
@@ -151,7 +151,8 @@ def _with_validation(rows: dict[str, Dataset], spec: DataSpec) -> dict[str, Data
     }
 
 
-def _draw(rows: Dataset, limit: int | None) -> Dataset:
+def draw_rows(rows: Dataset, limit: int | None) -> Dataset:
+    """Return at most so many rows, the same ones every time and in their order."""
     if limit is None or limit >= len(rows):
         return rows
     order = np.random.default_rng(_ROW_SEED).permutation(len(rows))

@@ -69,7 +69,8 @@ def _statistics(spec: AblationSpec) -> list[Paragraph]:
             f"two methods are compared on the same task with the same seed, so that what a seed "
             f"does to both cancels. {judged} is compared by "
             f"{'difference' if spec.judge == 'accuracy' else 'ratio (the log is averaged)'}; every "
-            f"task counts the same.",
+            f"task counts the same. Pairs are taken as independent: a seed that moved the "
+            f"difference the same way on every task would make p too small.",
             lead="Pairs:",
         ),
         Paragraph(
@@ -87,7 +88,7 @@ def _statistics(spec: AblationSpec) -> list[Paragraph]:
         Paragraph(
             f"p-values are corrected over the comparisons declared, within one budget, so that "
             f"the chance of any false claim there stays below {spec.alpha:g} (Holm 1979). Budgets "
-            f"are not corrected against each other.",
+            f"are not corrected against each other, and the interaction is one test by itself.",
             lead="Holm:",
         ),
         Paragraph(
@@ -116,7 +117,10 @@ def _alternatives(values: Iterable[str]) -> str:
 def _counted(counts: Counter[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{name} ({count} cells)" for name, count in sorted(counts.items()))
+    return ", ".join(
+        f"{name} ({count} {'cell' if count == 1 else 'cells'})"
+        for name, count in sorted(counts.items())
+    )
 
 
 def _numbers(values: Iterable[int]) -> str:
