@@ -8,7 +8,7 @@ task                     columns
 =======================  ===================================================
 sequence-classification  ``text``, ``text_pair`` if asked for, and ``label``
 token-classification     ``text`` (words) and ``label`` (one for each word)
-causal-lm                ``text``
+causal-lm                ``text``, and ``target`` if asked for
 seq2seq-lm               ``text`` and ``target``
 =======================  ===================================================
 """
@@ -83,11 +83,8 @@ def load_data(spec: DataSpec, task: Task) -> TaskData:
 
 def columns_of(spec: DataSpec, task: Task) -> dict[str, str]:
     """Return the source's name of each column that the task reads."""
-    if task == "causal-lm":
-        return {"text": spec.text}
-    if task == "seq2seq-lm":
-        assert spec.target is not None  # the run spec sees to it
-        return {"text": spec.text, "target": spec.target}
+    if task in ("causal-lm", "seq2seq-lm"):
+        return {"text": spec.text} | ({"target": spec.target} if spec.target is not None else {})
     columns = {"text": spec.text, "label": spec.label}
     if spec.text_pair is not None and task == "sequence-classification":
         columns["text_pair"] = spec.text_pair
