@@ -45,7 +45,7 @@ class AdaloraMethod:
 
     summary: str = "AdaLoRA by PEFT, its allocator and its penalty driven as the paper asks"
     source: str = "arXiv 2303.10512"
-    rate: float = 2e-3
+    rate: float = 1.6e-2
     scalings: tuple[float, ...] = (1.0, 2.0, 4.0)
     quantised: bool = False
     size_name: str = "components"

@@ -42,7 +42,7 @@ class BoftMethod:
 
     summary: str = "BOFT by PEFT: the inputs of every site rotated by butterfly factors"
     source: str = "arXiv 2311.06243"
-    rate: float = 1e-3
+    rate: float = 8e-3
     scalings: tuple[float, ...] = (1.0,)
     quantised: bool = False
     size_name: str = "entries per input"

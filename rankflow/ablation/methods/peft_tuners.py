@@ -179,7 +179,7 @@ TUNERS: Final[Mapping[str, Method]] = MappingProxyType(
         "vera": PeftMethod(
             summary="VeRA by PEFT: one frozen random pair for all sites, trained scaling vectors",
             source="arXiv 2310.11454",
-            rate=1e-2,
+            rate=6.4e-2,
             size_name="rank",
             list_sizes=_vera_ranks,
             configure=_vera,
@@ -187,7 +187,7 @@ TUNERS: Final[Mapping[str, Method]] = MappingProxyType(
         "oft": PeftMethod(
             summary="OFT by PEFT: the inputs of every site rotated in blocks, by exact Cayley maps",
             source="arXiv 2306.07280",
-            rate=1e-3,
+            rate=8e-3,
             size_name="block size",
             list_sizes=_oft_blocks,
             configure=_oft,

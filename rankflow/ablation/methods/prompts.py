@@ -82,7 +82,7 @@ PROMPTS: Final[Mapping[str, Method]] = MappingProxyType(
         "prefix": PeftMethod(
             summary="prefix tuning by PEFT: trained keys and values before every attention layer's",
             source="arXiv 2101.00190",
-            rate=1e-2,
+            rate=8e-2,
             size_name="virtual tokens",
             list_sizes=_prefix_lengths,
             configure=_prefix,
