@@ -34,7 +34,7 @@ from rankflow.ablation.planted import (
 )
 from rankflow.ablation.records import Forgetting, RankHistory
 from rankflow.errors import SpecError
-from rankflow.specs.ablation import ForgettingSpec, TaskSpec, TeacherSpec
+from rankflow.specs.ablation_task import ForgettingSpec, TaskSpec, TeacherSpec
 from rankflow.specs.run import DataSpec, ModelSpec
 from rankflow.training.data import load_data
 from rankflow.training.metrics import classification_metrics
