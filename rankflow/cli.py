@@ -200,6 +200,31 @@ def ablate(
         run(ablation, console, report=folder, executor=executor, workers=workers, threads=threads)
 
 
+@app.command()
+def analyze(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders of runs, checkpoints, adapters or fine-tuned models, to be compared.",
+        ),
+    ],
+    base: Annotated[
+        str, typer.Option(help="The pretrained model: 'minilm', a folder, or a hub id.")
+    ],
+    match: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Only weights in whose names this is found.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A folder for analysis.json and analysis.png.")
+    ] = None,
+) -> None:
+    """Tell how training changed weights: in magnitude, in direction, and the two together."""
+    from rankflow.analysis.run import analyze as analyze_runs
+
+    analyze_runs(runs, base=base, match=match, output=output, console=Console())
+
+
 @budgets.command("list")
 def list_presets() -> None:
     """List the presets."""

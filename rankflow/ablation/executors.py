@@ -6,6 +6,7 @@ differ in who waits for whom. A worker that dies takes one cell with it.
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -179,9 +180,18 @@ def _start_process(spec: AblationSpec, threads: int, slot: int) -> ProcessPoolEx
 
 
 def _set_up(spec: AblationSpec, threads: int, gpu: int | None) -> None:
+    threading.Thread(target=_die_with_the_parent, daemon=True).start()
     if gpu is not None:
         torch.cuda.set_device(gpu)
     _RUNNERS.append(CellRunner(spec, threads))
+
+
+def _die_with_the_parent() -> None:
+    """End this process when the one that started it was killed, and could not stop it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)
 
 
 def _run(order: Order) -> CellResult:

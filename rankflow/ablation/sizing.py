@@ -4,6 +4,7 @@ Parameters are counted by building the method on a model without numbers, so tha
 know what a library adds.
 """
 
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -90,23 +91,30 @@ def _count(method: Method, base: BaseModel, setting: Setting, size: int | None) 
 def _last_within(count: int, limit: int, cost: Callable[[int], int]) -> tuple[int, int]:
     """Return the last index whose cost is within a limit, or the first, and its cost.
 
-    Costs are mostly affine in the index, so a straight line between the two bounds names the next
-    guess; every other guess halves what is left, whatever the costs are.
+    Costs are mostly affine in the index: a straight line between the two bounds names the answer,
+    and its neighbour confirms it. Every third probe halves what is left, whatever the costs are.
     """
     low, low_cost = 0, cost(0)
-    if low_cost >= limit or count == 1:
+    if low_cost > limit or count == 1:
         return low, low_cost
     high, high_cost = count - 1, cost(count - 1)
     if high_cost <= limit:
         return high, high_cost
-    halve = False
-    while high - low > 1:
-        guess = low + (high - low) * (limit - low_cost) // (high_cost - low_cost)
-        middle = (low + high) // 2 if halve else min(max(guess, low + 1), high - 1)
-        middle_cost = cost(middle)
-        if middle_cost <= limit:
-            low, low_cost = middle, middle_cost
+    within = True  # whether the last probe was
+    for probe in itertools.cycle(("line", "neighbour", "half")):
+        if high - low == 1:
+            break
+        if probe == "line":
+            guess = low + (high - low) * (limit - low_cost) // (high_cost - low_cost)
+            index = min(max(guess, low + 1), high - 1)
+        elif probe == "neighbour":
+            index = low + 1 if within else high - 1
         else:
-            high, high_cost = middle, middle_cost
-        halve = not halve
+            index = (low + high) // 2
+        found = cost(index)
+        within = found <= limit
+        if within:
+            low, low_cost = index, found
+        else:
+            high, high_cost = index, found
     return low, low_cost

@@ -25,7 +25,7 @@ from rankflow.ablation.records import (
 )
 from rankflow.ablation.sizing import choose_size, count_trainable
 from rankflow.ablation.trainer import CellTrainer, is_head
-from rankflow.ablation.workload import Workload, autocast_of, open_workload
+from rankflow.ablation.workload import Autocast, Workload, autocast_of, open_workload
 from rankflow.engine import RankFlow
 from rankflow.errors import BudgetError
 from rankflow.specs.ablation import AblationSpec
@@ -172,22 +172,29 @@ class CellRunner:
         if cell.split == "test":
             forgetting = workload.measure_forgetting(built.model, autocast)
             result = replace(result, forgetting=forgetting)
-        return self._measured(result, workload, built, trainer) if order.is_measured else result
+        if not order.is_measured:
+            return result
+        return self._measured(result, workload, built, trainer, autocast)
 
     def _measured(
-        self, result: CellResult, workload: Workload, built: Built, trainer: CellTrainer
+        self,
+        result: CellResult,
+        workload: Workload,
+        built: Built,
+        trainer: CellTrainer,
+        autocast: Autocast,
     ) -> CellResult:
         """Add memory and latency."""
         cell, device = result.cell, trainer.args.device
         batch = {
             key: value.to(device) for key, value in workload.sample(cell.training_seed).items()
         }
-        with trainer.compute_loss_context_manager():
-            peak = measure_peak_bytes(
-                built.model, lambda: trainer.compute_loss(built.model, dict(batch))
-            )
-            base = workload.load_base(cell.training_seed, quantised=False).model.to(device)
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
+        peak = measure_peak_bytes(
+            built.model, lambda: trainer.compute_loss(built.model, dict(batch))
+        )
+        base = workload.load_base(cell.training_seed, quantised=False).model.to(device)
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with autocast():
             latency = measure_latency(base, built, inputs, rounds=_ROUNDS)
         return replace(result, peak_bytes=peak, latency=latency)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -125,6 +126,7 @@ class TextWorkload:
         model: The base model's spec.
         splits: The rows as tokens.
         labels: Class names by index; empty for language models.
+        has_targets: Whether the rows of a language model are prompts with targets.
         collate: Pads rows into a batch.
         batch: Rows of a training batch.
         memory: What shows whether the model forgets; None for nothing.
@@ -133,6 +135,7 @@ class TextWorkload:
     model: ModelSpec
     splits: DatasetDict
     labels: tuple[str, ...]
+    has_targets: bool
     collate: Collator
     batch: int
     memory: Memory | None
@@ -170,12 +173,18 @@ class TextWorkload:
 
         Every token counts alike, whatever its batch. Tokens after virtual ones are judged as
         without them: the first token of a row is never a prediction.
+
+        With targets only their tokens count, the end token included, and there is an accuracy: the
+        share of rows at which each of these tokens is the likeliest one after the true ones before
+        it. That is, up to rounding, the exact match of greedy decoding, whose tokens are the true
+        ones up to where it first goes wrong; nothing has to be generated.
         """
         rows = self.splits[split]
         with evaluating(model), autocast():
             if self.labels:
                 return _judge_classes(model, self._batches(rows, model), self.pooling)
-            return _judge_tokens(model, self._batches(rows, model))
+            found = _judge_tokens(model, self._batches(rows, model))
+        return found if self.has_targets else {k: v for k, v in found.items() if k != "accuracy"}
 
     def judge_ranks(self, ranks: RankHistory | None, seed: int) -> dict[str, float]:
         """Nobody knows the true ranks."""
@@ -225,7 +234,8 @@ def _open_texts(task: TaskSpec, model: ModelSpec, data: DataSpec, batch: int) ->
         splits = tokenize(loaded.splits, base.tokenizer, model.task, data.max_length)
         collate = make_collator(base.tokenizer, model.task)
         memory = _open_memory(task.forgetting, model, base.tokenizer)
-    return TextWorkload(model, splits, loaded.labels, collate, batch, memory)
+    has_targets = model.task == "causal-lm" and data.target is not None
+    return TextWorkload(model, splits, loaded.labels, has_targets, collate, batch, memory)
 
 
 def _open_memory(
@@ -333,18 +343,20 @@ def _judge_classes(
 
 
 def _judge_tokens(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
-    total, count = 0.0, 0
+    total, tokens, exact, rows = 0.0, 0, 0, 0
     for batch in batches:
         labels = batch.pop("labels")[:, 1:]
+        known = labels != IGNORED
         logits = model(**batch).logits
-        found = logits[:, logits.shape[1] - labels.shape[1] - 1 : -1].float()
-        loss = functional.cross_entropy(
-            found.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        total += loss.item()
-        count += int((labels != IGNORED).sum())
-    nll = total / count
-    return {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+        # Only what is judged: a prompt's logits over a vocabulary would fill memory in float32.
+        found = logits[:, logits.shape[1] - labels.shape[1] - 1 : -1][known].float()  # (tokens, V)
+        total += functional.cross_entropy(found, labels[known], reduction="sum").item()
+        tokens += len(found)
+        missed = known.nonzero()[found.argmax(dim=1) != labels[known], 0]  # the row of each
+        exact += len(labels) - len(missed.unique())
+        rows += len(labels)
+    nll = total / tokens
+    return {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "accuracy": exact / rows}
 
 
 def _by_length(rows: Dataset) -> np.ndarray:
@@ -352,9 +364,12 @@ def _by_length(rows: Dataset) -> np.ndarray:
 
 
 def autocast_of(arguments: Mapping[str, Any], device: torch.device) -> Autocast:
-    """Return the precision in which the Trainer computes, for what is computed beside it."""
-    if arguments.get("bf16"):
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    if arguments.get("fp16"):
-        return lambda: torch.autocast(device.type, torch.float16)
+    """Return the precision in which the Trainer computes, for what is computed beside it.
+
+    Casts are not cached: torch caches those of trainable weights alone, and a base whose weights
+    are frozen would look slower than one whose are not.
+    """
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if arguments.get(key):
+            return partial(torch.autocast, device.type, dtype, cache_enabled=False)
     return nullcontext

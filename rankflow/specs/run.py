@@ -40,9 +40,10 @@ FILE_TYPES: Final = (".jsonl", ".json", ".csv", ".parquet")
 _COLUMNS: Final[Mapping[str, frozenset[str]]] = {
     "sequence-classification": frozenset({"text_pair", "label"}),
     "token-classification": frozenset({"label"}),
-    "causal-lm": frozenset(),
+    "causal-lm": frozenset({"target"}),
     "seq2seq-lm": frozenset({"target"}),
 }
+_NEEDS_TARGET: Final = "seq2seq-lm"  # and causal-lm may have one
 _DOCSTRING_TASKS: Final = ("sequence-classification", "causal-lm")
 _FILE_KEYS: Final = ("train", "validation", "test")
 _ALTERNATIVES: Final[Mapping[str, Sequence[str]]] = {"budget": TARGETS, "data": ("name", "train")}
@@ -125,10 +126,12 @@ class DataSpec(Spec):
         text: Column with the input.
         text_pair: Column with the second input of a sequence classifier.
         label: Column with the class, or with the list of classes of the words.
-        target: Column with the output of a sequence-to-sequence model.
+        target: Column with the output of a sequence-to-sequence model, or with the answer of a
+            causal one: then ``text`` is a prompt, and loss and metrics count the answer alone. None
+            for a causal model that learns all of ``text``.
         validation_fraction: Share of the training rows held out where there is no validation
             split; 0 for none.
-        max_length: Longest input, in tokens.
+        max_length: Longest input, in tokens; of a prompt and its answer together.
         max_train_rows: Number of training rows to use; None for all.
         max_eval_rows: Number of rows to evaluate on; None for all.
     """
@@ -301,12 +304,17 @@ def check_columns(tables: Mapping[str, Table]) -> Iterator[Fault]:
             yield Fault(
                 {f"data.{key}": data[key]} | model, f"{task} reads no such column; remove it"
             )
-    if "target" in _COLUMNS[task] and "data" in tables and "target" not in data:
+    if task == _NEEDS_TARGET and "data" in tables and "target" not in data:
         yield Fault({"data.target": ABSENT} | model, "missing; set it to the column of the outputs")
     if data.get("name") == BUILT_IN_DATA and task not in _DOCSTRING_TASKS:
         yield Fault(
             {"data.name": BUILT_IN_DATA} | model,
             f"it has texts and classes only, for {' or '.join(_DOCSTRING_TASKS)}",
+        )
+    elif data.get("name") == BUILT_IN_DATA and task == "causal-lm" and "target" in data:
+        yield Fault(
+            {"data.name": BUILT_IN_DATA, "data.target": data["target"]},
+            "it has no answers; remove target, or name files",
         )
 
 

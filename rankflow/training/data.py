@@ -8,7 +8,7 @@ task                     columns
 =======================  ===================================================
 sequence-classification  ``text``, ``text_pair`` if asked for, and ``label``
 token-classification     ``text`` (words) and ``label`` (one for each word)
-causal-lm                ``text``
+causal-lm                ``text``, and ``target`` if asked for
 seq2seq-lm               ``text`` and ``target``
 =======================  ===================================================
 """
@@ -72,7 +72,7 @@ def load_data(spec: DataSpec, task: Task) -> TaskData:
     return TaskData(
         DatasetDict(
             {
-                name: _draw(rows[name], limits.get(name, spec.max_eval_rows))
+                name: draw_rows(rows[name], limits.get(name, spec.max_eval_rows))
                 for name in ("train", "validation", "test")
                 if name in rows
             }
@@ -83,11 +83,8 @@ def load_data(spec: DataSpec, task: Task) -> TaskData:
 
 def columns_of(spec: DataSpec, task: Task) -> dict[str, str]:
     """Return the source's name of each column that the task reads."""
-    if task == "causal-lm":
-        return {"text": spec.text}
-    if task == "seq2seq-lm":
-        assert spec.target is not None  # the run spec sees to it
-        return {"text": spec.text, "target": spec.target}
+    if task in ("causal-lm", "seq2seq-lm"):
+        return {"text": spec.text} | ({"target": spec.target} if spec.target is not None else {})
     columns = {"text": spec.text, "label": spec.label}
     if spec.text_pair is not None and task == "sequence-classification":
         columns["text_pair"] = spec.text_pair
@@ -154,7 +151,8 @@ def _with_validation(rows: dict[str, Dataset], spec: DataSpec) -> dict[str, Data
     }
 
 
-def _draw(rows: Dataset, limit: int | None) -> Dataset:
+def draw_rows(rows: Dataset, limit: int | None) -> Dataset:
+    """Return at most so many rows, the same ones every time and in their order."""
     if limit is None or limit >= len(rows):
         return rows
     order = np.random.default_rng(_ROW_SEED).permutation(len(rows))

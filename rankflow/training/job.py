@@ -95,5 +95,7 @@ def _describe_lengths(spec: RunSpec, splits: DatasetDict) -> str:
     limit = spec.data.max_length
     lengths = [len(ids) for ids in splits["train"]["input_ids"]]
     mean, full = sum(lengths) / len(lengths), sum(length == limit for length in lengths)
-    fate = "split" if spec.model.task == "causal-lm" else "cut"
+    fate = "cut"
+    if spec.model.task == "causal-lm":
+        fate = "split" if spec.data.target is None else "cut from the left of their prompts"
     return f"{mean:.1f} in a training row; {full:,} rows fill all {limit}, longer texts are {fate}"

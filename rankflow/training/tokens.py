@@ -25,7 +25,11 @@ def tokenize(
 ) -> DatasetDict:
     """Replace texts by token ids of at most ``max_length`` tokens; longer texts are cut.
 
-    For ``causal-lm`` nothing is lost: a long text becomes several rows.
+    For ``causal-lm`` nothing is lost: a long text becomes several rows. With targets a row is the
+    prompt, the target and the end token, only the last two of which have labels. What does not fit
+    is cut from the left of the prompt, behind its beginning-of-text token. Prompt and target are
+    tokenised apart, as they are at inference, with nothing put between them: a space or a line
+    break between the two belongs into one of them.
 
     Args:
         splits: Rows with the columns that `rankflow.training.data` describes.
@@ -37,7 +41,8 @@ def tokenize(
         Splits with ``input_ids``, ``attention_mask`` and ``labels``.
 
     Raises:
-        RankFlowError: A split has no row left, or the tokenizer cannot align words.
+        RankFlowError: A split has no row left, a target does not fit or has no prompt, or the
+            tokenizer cannot align words.
     """
     if task == "token-classification" and not tokenizer.is_fast:
         raise RankFlowError(
@@ -89,6 +94,25 @@ def chunk(ids: list[int], length: int) -> list[list[int]]:
     return [piece for piece in pieces if len(piece) > 1]
 
 
+def join_answer(prompt: list[int], answer: list[int], length: int, *, kept: int) -> list[int]:
+    """Put an answer behind as much of its prompt as fits.
+
+    The prompt loses tokens behind its first ``kept``, from the left. At least one token of it must
+    stay, since a causal model cannot predict the first token of a row.
+
+    Args:
+        prompt: At least one token.
+        answer: Fewer than ``length`` tokens, and at most as many as leave room for ``kept``.
+        length: Longest row (tokens).
+        kept: Tokens at the prompt's start that stay.
+
+    >>> join_answer([1, 5, 6, 7], [8, 9], 4, kept=1), join_answer([1, 5], [8, 9], 4, kept=1)
+    ([1, 7, 8, 9], [1, 5, 8, 9])
+    """
+    cut = max(0, len(prompt) + len(answer) - length)
+    return prompt[:kept] + prompt[kept + cut :] + answer
+
+
 def _encode_text(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Columns:
     encoded = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
     return {**encoded, "labels": rows["label"]}
@@ -105,6 +129,8 @@ def _encode_words(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def _encode_causal(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Columns:
+    if "target" in rows:
+        return _encode_answers(rows, tokenizer, max_length)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = [
         piece
@@ -116,6 +142,46 @@ def _encode_causal(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length
         "attention_mask": [[1] * len(piece) for piece in pieces],
         "labels": pieces,
     }
+
+
+def _encode_answers(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Columns:
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tail = [] if end is None else [end]
+    prompts = tokenizer(rows["text"], truncation=False, verbose=False)["input_ids"]
+    answers = tokenizer(rows["target"], add_special_tokens=False, truncation=False, verbose=False)
+    encoded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for ended_prompt, bare_answer, target in zip(
+        prompts, answers["input_ids"], rows["target"], strict=True
+    ):
+        prompt = _without_end(ended_prompt, end)
+        answer = _without_end(bare_answer, end) + tail
+        _check_answer(prompt, answer, target, max_length)
+        ids = join_answer(prompt, answer, max_length, kept=int(prompt[0] == start))
+        encoded["input_ids"].append(ids)
+        encoded["attention_mask"].append([1] * len(ids))
+        encoded["labels"].append([IGNORED] * (len(ids) - len(answer)) + answer)
+    return encoded
+
+
+def _without_end(ids: list[int], end: int | None) -> list[int]:
+    return ids[:-1] if ids and ids[-1] == end else ids
+
+
+def _check_answer(prompt: list[int], answer: list[int], target: str, max_length: int) -> None:
+    shown = repr(target if len(target) <= 40 else f"{target[:40]}...")
+    if not answer:
+        raise RankFlowError(f"the target {shown} has no token to learn; remove such rows")
+    if not prompt:
+        raise RankFlowError(
+            f"the target {shown} has an empty prompt, and this tokenizer begins no text by a token "
+            "of its own; remove such rows"
+        )
+    if len(answer) >= max_length:
+        raise RankFlowError(
+            f"the target {shown} has {len(answer)} tokens, its end included, and [data] max_length "
+            f"= {max_length} leaves room for {max_length - 1} behind a prompt; raise it, or remove "
+            "such rows: a target is never cut"
+        )
 
 
 def _encode_pair(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Columns:

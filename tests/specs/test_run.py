@@ -315,6 +315,21 @@ def test_pooling_is_for_sequence_classification_only(write):
     }
 
 
+def test_a_causal_model_may_have_a_target_and_needs_none(write):
+    path = write(SEQ2SEQ)
+    assert load_run(path, ["model.task=causal-lm"]).data.target == "answer"
+    path = write(SEQ2SEQ.replace('target = "answer"', ""))
+    assert load_run(path, ["model.task=causal-lm"]).data.target is None
+
+
+def test_the_built_in_rows_have_no_answers(write):
+    assert faults_of(write(CLASSIFIER), "model.task=causal-lm", "data.target=label") == {
+        'data.name = "docstrings", data.target = "label"': (
+            "it has no answers; remove target, or name files"
+        )
+    }
+
+
 def test_rows_come_by_name_or_from_files(write, tmp_path):
     text = CLASSIFIER.replace("[budget]", 'train = "a.jsonl"\ntest = "a.jsonl"\n[budget]')
     assert faults_of(write(text)) == {
@@ -352,11 +367,14 @@ def is_run(path):
     return "model" in tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*(ROOT / "budgets").glob("*.toml"), *(ROOT / "examples").rglob("*.toml")],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
+# Ablations have tests of their own: tests/ablation/test_specs.py.
+TOMLS = [
+    *(ROOT / "budgets").glob("*.toml"),
+    *(path for path in (ROOT / "examples").rglob("*.toml") if path.parent.name != "ablations"),
+]
+
+
+@pytest.mark.parametrize("path", TOMLS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_toml_of_the_project_loads(path):
     spec = load_run(path) if is_run(path) else load_budget(path)
     assert (spec.budget if isinstance(spec, RunSpec) else spec).target[1] > 0

@@ -210,6 +210,21 @@ def test_language_models_read_no_label(write_rows):
     assert causal.labels == pairs.labels == ()
 
 
+def test_a_causal_model_reads_its_targets_if_asked_for(write_rows):
+    path = str(write_rows("qa.jsonl", [{"q": "1+1=", "a": "2"}, {"q": "2+2=", "a": "4"}]))
+    spec = DataSpec(train=path, text="q", target="a", validation_fraction=0)
+    assert load_data(spec, "causal-lm").splits["train"].to_list() == [
+        {"text": "1+1=", "target": "2"},
+        {"text": "2+2=", "target": "4"},
+    ]
+
+
+def test_a_row_without_target_is_refused_with_its_number(write_rows):
+    path = str(write_rows("qa.jsonl", [{"text": "a", "target": "b"}, {"text": "a"}]))
+    with pytest.raises(RankFlowError, match="row 2 has no text in column 'target'"):
+        load_data(DataSpec(train=path, target="target"), "causal-lm")
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """Stand a small data set in for the hub."""

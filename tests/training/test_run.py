@@ -82,6 +82,7 @@ CASES = {
     "model": ("sequence-classification", "", AutoModelForSequenceClassification),
     "words": ("token-classification", "", AutoModelForTokenClassification),
     "causal": ("causal-lm", "", AutoModelForCausalLM),
+    "answers": ("causal-lm", "", AutoModelForCausalLM),
     "seq2seq": ("seq2seq-lm", "", AutoModelForSeq2SeqLM),
 }
 
@@ -101,7 +102,7 @@ def test_every_task_trains_within_its_budget_and_exports_for_stock_peft(
 ):
     task, keys, host = CASES[case]
     model = {"causal-lm": llama_folder, "seq2seq-lm": bart_folder}.get(task, bert_folder)
-    data_keys = 'target = "target"' if task == "seq2seq-lm" else ""
+    data_keys = 'target = "target"' if case in ("answers", "seq2seq") else ""
     result, _ = run(
         model, task, rows_for(task, sentiment_rows), model_keys=keys, data_keys=data_keys
     )
@@ -113,6 +114,20 @@ def test_every_task_trains_within_its_budget_and_exports_for_stock_peft(
     classes = {"num_labels": result.classes} if result.classes else {}
     loaded = PeftModel.from_pretrained(host.from_pretrained(model, **classes), result.adapter)
     assert count_live(loaded) == result.spent
+
+
+def test_a_run_with_targets_is_judged_on_its_answers_alone(run, llama_folder):
+    rows = [{"text": "bad a film", "target": "good film"}] * 8
+    result, printed = run(llama_folder, "causal-lm", rows, data_keys='target = "target"')
+    assert "longer texts are cut from the left of their prompts" in " ".join(printed.split())
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    model = PeftModel.from_pretrained(base, result.adapter).eval()
+    ids = AutoTokenizer.from_pretrained(llama_folder)("bad a film")["input_ids"] + [4, 9]
+    with torch.no_grad():
+        scores = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(1)
+    expected = -(scores[-3, 4] + scores[-2, 9]).item() / 2
+    assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert result.metrics["loss"] < result.baseline["loss"] - 0.1
 
 
 @pytest.mark.parametrize("magnitude", ["never", "budgeted"])

@@ -1,5 +1,6 @@
 import pytest
 from datasets import Dataset, DatasetDict
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from rankflow.errors import RankFlowError
@@ -72,6 +73,86 @@ def test_texts_too_short_to_predict_anything_are_refused_together(llama_tokenize
     llama_tokenizer.eos_token = None
     with pytest.raises(RankFlowError, match="split 'train': no text has the two tokens"):
         encode([{"text": "a"}, {"text": ""}], llama_tokenizer, "causal-lm")
+
+
+@pytest.fixture
+def answering(llama_tokenizer):
+    """A tokenizer that begins a text, as Llama's does, and leaves the end to us."""
+    llama_tokenizer.bos_token = "[CLS]"
+    llama_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", CLS)]
+    )
+    return llama_tokenizer
+
+
+def answer_row(tokenizer, text, target, max_length=16):
+    rows = encode([{"text": text, "target": target}], tokenizer, "causal-lm", max_length)
+    assert len(rows) == 1
+    assert rows["attention_mask"][0] == [1] * len(rows["input_ids"][0])
+    return rows["input_ids"][0], rows["labels"][0]
+
+
+def test_only_the_answer_and_its_end_are_learned(answering):
+    ids, labels = answer_row(answering, "a film", "good bad")
+    assert ids == [CLS, A, FILM, GOOD, BAD, SEP]
+    assert labels == [IGNORED, IGNORED, IGNORED, GOOD, BAD, SEP]
+
+
+def test_a_prompt_that_is_too_long_loses_its_left_and_keeps_its_beginning(answering):
+    ids, labels = answer_row(answering, "bad " * 20 + "a film", "good", max_length=5)
+    assert ids == [CLS, A, FILM, GOOD, SEP]
+    assert labels == [IGNORED, IGNORED, IGNORED, GOOD, SEP]
+    ids, _ = answer_row(answering, "a film", "good", max_length=3)
+    assert ids == [CLS, GOOD, SEP]
+
+
+def test_a_prompt_without_a_token_that_begins_it_is_cut_from_its_very_left(answering):
+    answering.bos_token = None
+    answering.backend_tokenizer.post_processor = None
+    assert answer_row(answering, "bad a film", "good", max_length=4)[0] == [A, FILM, GOOD, SEP]
+
+
+def test_an_answer_that_fits_exactly_is_whole_and_a_longer_one_is_refused(answering):
+    assert answer_row(answering, "a film", "good bad", max_length=4)[0] == [CLS, GOOD, BAD, SEP]
+    with pytest.raises(RankFlowError, match=r"'good bad a' has 4 tokens.* leaves room for 3 "):
+        answer_row(answering, "a film", "good bad a", max_length=4)
+
+
+def test_there_is_one_end_whatever_the_tokenizer_and_the_texts_write(llama_tokenizer):
+    ids, labels = answer_row(llama_tokenizer, "a", "good [SEP]")  # writes [CLS] a [SEP]
+    assert ids == [CLS, A, GOOD, SEP]
+    assert labels == [IGNORED, IGNORED, GOOD, SEP]
+
+
+def test_without_an_end_token_the_answer_is_all_there_is_to_learn(answering):
+    answering.eos_token = None
+    assert answer_row(answering, "a", "good")[1] == [IGNORED, IGNORED, GOOD]
+    with pytest.raises(RankFlowError, match="the target '' has no token to learn"):
+        answer_row(answering, "a", "")
+
+
+def test_an_answer_to_nothing_is_refused_where_no_token_begins_a_text(answering):
+    assert answer_row(answering, "", "good")[0] == [CLS, GOOD, SEP]
+    answering.backend_tokenizer.post_processor = None
+    with pytest.raises(RankFlowError, match="the target 'good' has an empty prompt"):
+        answer_row(answering, "", "good")
+
+
+def test_padding_is_no_part_of_an_answer(answering):
+    rows = encode(
+        [{"text": "a", "target": "good"}, {"text": "a film a", "target": "bad"}],
+        answering,
+        "causal-lm",
+    )
+    batch = make_collator(answering, "causal-lm")(list(rows))
+    assert batch["input_ids"].tolist() == [
+        [CLS, A, GOOD, SEP, PAD, PAD],
+        [CLS, A, FILM, A, BAD, SEP],
+    ]
+    assert batch["labels"].tolist() == [
+        [IGNORED, IGNORED, GOOD, SEP, IGNORED, IGNORED],
+        [IGNORED] * 4 + [BAD, SEP],
+    ]
 
 
 def test_targets_of_pairs_are_labels(tokenizer):

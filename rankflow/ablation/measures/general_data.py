@@ -7,6 +7,7 @@ from typing import Any
 
 from rankflow.errors import RankFlowError, SpecError
 from rankflow.specs.reading import suggest
+from rankflow.training.data import draw_rows
 from rankflow.training.sources import Split, load_files
 
 
@@ -45,13 +46,13 @@ def load_pairs(
         text: Column with one text.
         text_pair: Column with the other.
         score: Column with the score.
-        max_rows: Rows to use, from the first on; None for all.
+        max_rows: Number of rows to use, drawn the same way every time; None for all.
 
     Raises:
         SpecError: There is no such column.
         RankFlowError: A file cannot be read, a row lacks a value, or nothing differs in score.
     """
-    split = _first_rows(load_files(files), max_rows)
+    split = _load(files, max_rows)
     first, second = (
         _texts(split, role, column) for role, column in (("text", text), ("text_pair", text_pair))
     )
@@ -70,13 +71,13 @@ def load_texts(files: tuple[Path, ...], text: str, max_rows: int | None = None) 
     Args:
         files: Files with the rows (jsonl, json, csv, parquet).
         text: Column with the text.
-        max_rows: Rows to use, from the first on; None for all.
+        max_rows: Number of rows to use, drawn the same way every time; None for all.
 
     Raises:
         SpecError: There is no such column.
         RankFlowError: A file cannot be read, or a row lacks a text.
     """
-    return GeneralTexts(_texts(_first_rows(load_files(files), max_rows), "text", text))
+    return GeneralTexts(_texts(_load(files, max_rows), "text", text))
 
 
 def _texts(split: Split, role: str, column: str) -> tuple[str, ...]:
@@ -112,7 +113,6 @@ def _column(split: Split, role: str, column: str) -> list[Any]:
     return list(split.rows[column])
 
 
-def _first_rows(split: Split, limit: int | None) -> Split:
-    if limit is None or limit >= len(split.rows):
-        return split
-    return Split(split.rows.select(range(limit)), split.origin)
+def _load(files: tuple[Path, ...], max_rows: int | None) -> Split:
+    split = load_files(files)
+    return Split(draw_rows(split.rows, max_rows), split.origin)

@@ -1,5 +1,6 @@
 """How long the adapted model takes to answer, beside the base model, merged and not."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -7,7 +8,7 @@ from statistics import median
 
 from torch import Tensor, nn
 
-from rankflow.ablation.measures.modes import evaluating
+from rankflow.ablation.measures.modes import evaluating, without_trainer_precision
 from rankflow.ablation.methods.method import Built
 from rankflow.ablation.records import Latency
 from rankflow.bench.clock import seconds
@@ -20,7 +21,7 @@ def measure_latency(
 ) -> Latency:
     """Time one forward pass without gradients; medians of rounds in which all models take turns.
 
-    Call it under ``torch.autocast`` to measure under autocast.
+    All run in the precision of the caller's ``torch.autocast``, whatever a Trainer left on one.
 
     Args:
         base: The base model, untouched and on the device of the adapted one.
@@ -28,13 +29,14 @@ def measure_latency(
         batch: What the models are called with, labels left out unless they cannot do without.
         rounds: Rounds to time.
     """
-    models = {"base": base, "unmerged": built.model}
-    if built.merge is not None:
-        models["merged"] = built.merge()
     device = next(built.model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    models = {"base": base, "unmerged": built.model}
+    times: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
+        stack.enter_context(without_trainer_precision(built.model))
+        if built.merge is not None:
+            models["merged"] = built.merge()
         for model in models.values():
             stack.enter_context(evaluating(model))
         for _ in range(_WARM_UP + rounds):

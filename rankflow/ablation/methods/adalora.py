@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankflow.ablation.methods.method import Built, Setting, UnsupportedError
-from rankflow.ablation.methods.peft_tuners import add_tuner, merge_copy
-from rankflow.ablation.methods.targets import find_targets, full_modules
-from rankflow.training.adapter import task_type
+from rankflow.ablation.methods.peft_tuners import add_tuner, make_config, merge_copy
+from rankflow.ablation.methods.targets import find_targets
 from rankflow.training.models import BaseModel
 
 _ADAPTER: Final = "default"
@@ -46,7 +45,7 @@ class AdaloraMethod:
 
     summary: str = "AdaLoRA by PEFT, its allocator and its penalty driven as the paper asks"
     source: str = "arXiv 2303.10512"
-    rate: float = 2e-3
+    rate: float = 1.6e-2
     scalings: tuple[float, ...] = (1.0, 2.0, 4.0)
     quantised: bool = False
     size_name: str = "components"
@@ -77,25 +76,29 @@ class AdaloraMethod:
         rank = math.ceil(1.5 * size / len(targets))
         adapter = setting.adapter
         scale = adapter.get("lora_alpha", _LORA_DEFAULT) / adapter.get("r", _LORA_DEFAULT)
-        config = AdaLoraConfig(
-            task_type=task_type(setting.model),
-            target_modules=list(targets),
-            init_r=rank,
-            target_r=max(1, size // len(targets)),
-            tinit=warmup,
-            tfinal=end,
-            deltaT=every,
-            total_step=setting.steps,
-            lora_alpha=scale * rank,  # PEFT divides by the rank at the start, to the end of the run
-            lora_dropout=adapter.get("lora_dropout", 0.0),
-            orth_reg_weight=0.0,  # the callback adds it
-            fan_in_fan_out=next(iter(targets.values())).transposed,
-            modules_to_save=full_modules(base, setting),
-        )
+        keywords = {
+            "target_modules": list(targets),
+            "init_r": rank,
+            "target_r": max(1, size // len(targets)),
+            "tinit": warmup,
+            "tfinal": end,
+            "deltaT": every,
+            "total_step": setting.steps,
+            # PEFT divides by the rank at the start, to the end of the run.
+            "lora_alpha": scale * rank,
+            "lora_dropout": adapter.get("lora_dropout", 0.0),
+            "orth_reg_weight": 0.0,  # the callback adds it
+            "fan_in_fan_out": next(iter(targets.values())).transposed,
+        }
+        config = make_config(AdaLoraConfig, base, setting, keywords)
         model = add_tuner(base, config)
         tuner: AdaLoraModel = model.base_model
         tuner.rankallocator.target_bgt = size
         sites = [module for module in model.modules() if isinstance(module, SVDLinear)]
+        for site in sites:
+            # Where PEFT moves it to another device or type it becomes trainable, and would rescale
+            # the site as it drifts.
+            site.ranknum[_ADAPTER].requires_grad_(False)
         costs = [target.inputs + target.outputs + 1 for target in targets.values()]
         return Built(
             model,

@@ -19,9 +19,12 @@ from peft.tuners.boft import layer as boft_layer
 from torch import Tensor
 
 from rankflow.ablation.methods.method import Built, Setting, UnsupportedError
-from rankflow.ablation.methods.peft_tuners import add_tuner, merge_copy, straight_targets
-from rankflow.ablation.methods.targets import full_modules
-from rankflow.training.adapter import task_type
+from rankflow.ablation.methods.peft_tuners import (
+    add_tuner,
+    make_config,
+    merge_copy,
+    straight_targets,
+)
 from rankflow.training.models import BaseModel
 
 _MOST_BYTES: Final = 8 * 2**30  # of PEFT's permutations
@@ -39,7 +42,7 @@ class BoftMethod:
 
     summary: str = "BOFT by PEFT: the inputs of every site rotated by butterfly factors"
     source: str = "arXiv 2311.06243"
-    rate: float = 1e-3
+    rate: float = 8e-3
     scalings: tuple[float, ...] = (1.0,)
     quantised: bool = False
     size_name: str = "entries per input"
@@ -75,13 +78,12 @@ class BoftMethod:
         assert shape is not None
         factors, width = shape
         boft_layer._FBD_CUDA = _BlockDiagonal
-        config = BOFTConfig(
-            task_type=task_type(setting.model),
-            boft_block_size=width,
-            boft_n_butterfly_factor=factors,
-            target_modules=list(targets),
-            modules_to_save=full_modules(base, setting),
-        )
+        keywords = {
+            "boft_block_size": width,
+            "boft_n_butterfly_factor": factors,
+            "target_modules": list(targets),
+        }
+        config = make_config(BOFTConfig, base, setting, keywords)
         model = add_tuner(base, config)
         return Built(model, merge=partial(merge_copy, model))
 

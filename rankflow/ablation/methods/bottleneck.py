@@ -68,7 +68,7 @@ class BottleneckAdapters:
         "bottleneck adapters after attention and feed-forward (Houlsby), normalisations frozen"
     )
     source: str = "Houlsby et al. 2019, arXiv 1902.00751"
-    rate: float = 2e-3
+    rate: float = 8e-3
     scalings: tuple[float, ...] = (1.0,)
     quantised: bool = False
     size_name: str = "bottleneck"

@@ -8,19 +8,24 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
-import torch
 from peft import OFTConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from rankflow.ablation.methods.method import Built, Method, Setting, UnsupportedError
 from rankflow.ablation.methods.targets import Target, find_targets, full_modules
+from rankflow.errors import SpecError
 from rankflow.training.adapter import task_type
 from rankflow.training.models import BaseModel
 from rankflow.training.quiet import quiet_libraries
 
-# Frozen projections of this rank are 23 times as wide as MiniLM: more is no adapter any longer.
+# What a spec says of a method goes to PEFT, all but this: the longest text, in tokens.
+LENGTH_OPTION: Final = "max_length"
+
+# VeRA computes with rank * (in + out) frozen numbers for every rank + out that it trains: at this
+# rank its two products cost 43 times as much as a square layer of MiniLM.
 _HIGHEST_VERA_RANK: Final = 8192
 
 
@@ -69,16 +74,36 @@ class PeftMethod:
         return Built(model, merge=partial(merge_copy, model) if self.mergeable else None)
 
 
+def make_config(
+    kind: type[PeftConfig], base: BaseModel, setting: Setting, keywords: Mapping[str, Any]
+) -> PeftConfig:
+    """Return a configuration for the task, where what the spec says of the method comes first.
+
+    Raises:
+        SpecError: PEFT refuses it.
+    """
+    said = {key: value for key, value in setting.options.items() if key != LENGTH_OPTION}
+    shared = {
+        "task_type": task_type(setting.model),
+        "modules_to_save": full_modules(base, setting),
+    }
+    try:
+        return kind(**{**shared, **keywords, **said})
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"config = {said}: {error}") from error
+
+
 def add_tuner(base: BaseModel, config: PeftConfig) -> PeftModel:
     """Wrap a base model by PEFT.
 
     Raises:
         UnsupportedError: PEFT refuses the model.
     """
+    device = next(base.model.parameters()).device
     # For a model on meta, PEFT's VeRA would else draw its projections in real memory.
-    on_meta = base.model.device.type == "meta" and isinstance(config, VeraConfig)
+    on_meta = device.type == "meta" and isinstance(config, VeraConfig)
     try:
-        with quiet_libraries(), torch.device("meta") if on_meta else nullcontext():
+        with quiet_libraries(), device if on_meta else nullcontext():
             return get_peft_model(base.model, config)
     except (TypeError, ValueError) as error:
         raise UnsupportedError(f"PEFT refuses this model: {error}") from error
@@ -86,7 +111,13 @@ def add_tuner(base: BaseModel, config: PeftConfig) -> PeftModel:
 
 def merge_copy(model: PeftModel) -> nn.Module:
     """Return the base model with the adaptation folded in; the given model stays as it is."""
-    return copy.deepcopy(model).merge_and_unload()
+    merged = copy.deepcopy(model)
+    for name, module in list(merged.named_modules()):
+        # PEFT unpacks such a module itself only if it is a layer with a weight, which poolers are
+        # not.
+        if isinstance(module, ModulesToSaveWrapper):
+            merged.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
+    return merged.merge_and_unload()
 
 
 def _vera_ranks(base: BaseModel, setting: Setting) -> Sequence[int]:
@@ -96,19 +127,18 @@ def _vera_ranks(base: BaseModel, setting: Setting) -> Sequence[int]:
 
 def _vera(setting: Setting, size: int, base: BaseModel) -> PeftConfig:
     targets = find_targets(base, setting)
+    keywords = {
+        "r": size,
+        "target_modules": list(targets),
+        "vera_dropout": setting.adapter.get("lora_dropout", 0.0),
+        "projection_prng_key": setting.seed,
+        "save_projection": False,
+        "fan_in_fan_out": next(iter(targets.values())).transposed,
+    }
     with warnings.catch_warnings():
-        # What its key makes again is not stored; that this is wanted need not be said.
+        # The key makes the projections again, so they need not be stored; PEFT advises against it.
         warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B")
-        return VeraConfig(
-            task_type=task_type(setting.model),
-            r=size,
-            target_modules=list(targets),
-            vera_dropout=setting.adapter.get("lora_dropout", 0.0),
-            projection_prng_key=setting.seed,
-            save_projection=False,
-            fan_in_fan_out=next(iter(targets.values())).transposed,
-            modules_to_save=full_modules(base, setting),
-        )
+        return make_config(VeraConfig, base, setting, keywords)
 
 
 def _oft_blocks(base: BaseModel, setting: Setting) -> Sequence[int]:
@@ -121,13 +151,12 @@ def _oft_blocks(base: BaseModel, setting: Setting) -> Sequence[int]:
 
 
 def _oft(setting: Setting, size: int, base: BaseModel) -> PeftConfig:
-    return OFTConfig(
-        task_type=task_type(setting.model),
-        oft_block_size=size,
-        use_cayley_neumann=False,  # the paper's exact transform
-        target_modules=list(find_targets(base, setting)),
-        modules_to_save=full_modules(base, setting),
-    )
+    keywords = {
+        "oft_block_size": size,
+        "use_cayley_neumann": False,  # the paper's exact transform
+        "target_modules": list(find_targets(base, setting)),
+    }
+    return make_config(OFTConfig, base, setting, keywords)
 
 
 def straight_targets(base: BaseModel, setting: Setting) -> dict[str, Target]:
@@ -150,7 +179,7 @@ TUNERS: Final[Mapping[str, Method]] = MappingProxyType(
         "vera": PeftMethod(
             summary="VeRA by PEFT: one frozen random pair for all sites, trained scaling vectors",
             source="arXiv 2310.11454",
-            rate=1e-2,
+            rate=6.4e-2,
             size_name="rank",
             list_sizes=_vera_ranks,
             configure=_vera,
@@ -158,7 +187,7 @@ TUNERS: Final[Mapping[str, Method]] = MappingProxyType(
         "oft": PeftMethod(
             summary="OFT by PEFT: the inputs of every site rotated in blocks, by exact Cayley maps",
             source="arXiv 2306.07280",
-            rate=1e-3,
+            rate=8e-3,
             size_name="block size",
             list_sizes=_oft_blocks,
             configure=_oft,

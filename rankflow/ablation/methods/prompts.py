@@ -13,9 +13,7 @@ from typing import Final
 from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig, PromptTuningInit
 
 from rankflow.ablation.methods.method import Method, Setting, UnsupportedError
-from rankflow.ablation.methods.peft_tuners import PeftMethod
-from rankflow.ablation.methods.targets import full_modules
-from rankflow.training.adapter import task_type
+from rankflow.ablation.methods.peft_tuners import LENGTH_OPTION, PeftMethod, make_config
 from rankflow.training.models import BaseModel
 
 _USUAL_LENGTH: Final = 128  # tokens of a text
@@ -24,7 +22,7 @@ _MOST_TOKENS: Final = 16384  # where the model does not say how many positions i
 
 def _room(base: BaseModel, setting: Setting) -> range:
     """Return the numbers of virtual tokens that the positions leave room for."""
-    length = int(setting.options.get("max_length", _USUAL_LENGTH))
+    length = int(setting.options.get(LENGTH_OPTION, _USUAL_LENGTH))
     positions = getattr(base.model.config, "max_position_embeddings", None)
     room = _MOST_TOKENS if positions is None else positions - length
     if room < 1:
@@ -37,6 +35,8 @@ def _room(base: BaseModel, setting: Setting) -> range:
 
 def _prompt_lengths(base: BaseModel, setting: Setting) -> Sequence[int]:
     spec = setting.model
+    if spec is None:
+        raise UnsupportedError("the model has no embeddings, before which tokens could be put")
     if spec.task == "token-classification":
         raise UnsupportedError("PEFT's prompt tuning does not align labels of single tokens")
     by_last = spec.task == "sequence-classification" and spec.pooling == "model"
@@ -49,16 +49,13 @@ def _prompt_lengths(base: BaseModel, setting: Setting) -> Sequence[int]:
 
 
 def _prompt(setting: Setting, size: int, base: BaseModel) -> PeftConfig:
-    return PromptTuningConfig(
-        task_type=task_type(setting.model),
-        num_virtual_tokens=size,
-        prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,  # the paper's better start
-        modules_to_save=full_modules(base, setting),
-    )
+    start = PromptTuningInit.SAMPLE_VOCAB  # better than random numbers in the paper
+    keywords = {"num_virtual_tokens": size, "prompt_tuning_init": start}
+    return make_config(PromptTuningConfig, base, setting, keywords)
 
 
 def _prefix_lengths(base: BaseModel, setting: Setting) -> Sequence[int]:
-    backbone = base.model.base_model
+    backbone = getattr(base.model, "base_model", base.model)
     if "past_key_values" not in inspect.signature(backbone.forward).parameters:
         raise UnsupportedError(
             f"the attention of {type(backbone).__name__} takes no keys and values from outside, "
@@ -68,11 +65,7 @@ def _prefix_lengths(base: BaseModel, setting: Setting) -> Sequence[int]:
 
 
 def _prefix(setting: Setting, size: int, base: BaseModel) -> PeftConfig:
-    return PrefixTuningConfig(
-        task_type=task_type(setting.model),
-        num_virtual_tokens=size,
-        modules_to_save=full_modules(base, setting),
-    )
+    return make_config(PrefixTuningConfig, base, setting, {"num_virtual_tokens": size})
 
 
 PROMPTS: Final[Mapping[str, Method]] = MappingProxyType(
@@ -89,7 +82,7 @@ PROMPTS: Final[Mapping[str, Method]] = MappingProxyType(
         "prefix": PeftMethod(
             summary="prefix tuning by PEFT: trained keys and values before every attention layer's",
             source="arXiv 2101.00190",
-            rate=1e-2,
+            rate=8e-2,
             size_name="virtual tokens",
             list_sizes=_prefix_lengths,
             configure=_prefix,

@@ -7,6 +7,7 @@ from rankflow.ablation.report.document import Block, Bullets, Heading, Paragraph
 from rankflow.ablation.report.method import MethodWords
 from rankflow.ablation.report.rows import Gathered
 from rankflow.ablation.report.verdicts import METRICS
+from rankflow.ablation.statistics.intervals import FEWEST_RESAMPLED
 from rankflow.specs.ablation import AblationSpec
 
 
@@ -69,7 +70,8 @@ def _statistics(spec: AblationSpec) -> list[Paragraph]:
             f"two methods are compared on the same task with the same seed, so that what a seed "
             f"does to both cancels. {judged} is compared by "
             f"{'difference' if spec.judge == 'accuracy' else 'ratio (the log is averaged)'}; every "
-            f"task counts the same.",
+            f"task counts the same. Pairs are taken as independent: a seed that moved the "
+            f"difference the same way on every task would make p too small.",
             lead="Pairs:",
         ),
         Paragraph(
@@ -79,15 +81,15 @@ def _statistics(spec: AblationSpec) -> list[Paragraph]:
             lead="Sign-flip test:",
         ),
         Paragraph(
-            f"Student's {level:g}% interval of the mean paired difference, with differences "
-            f"between tasks left out of its noise. Simulations showed that percentile bootstrap "
-            f"intervals are too narrow for so few seeds.",
+            f"studentised bootstrap {level:g}% interval of the mean paired difference, resampled "
+            f"within tasks; Student's with fewer than {FEWEST_RESAMPLED} pairs. Simulations showed "
+            f"that percentile and BCa intervals are too narrow for so few seeds.",
             lead="Interval:",
         ),
         Paragraph(
             f"p-values are corrected over the comparisons declared, within one budget, so that "
             f"the chance of any false claim there stays below {spec.alpha:g} (Holm 1979). Budgets "
-            f"are not corrected against each other.",
+            f"are not corrected against each other, and the interaction is one test by itself.",
             lead="Holm:",
         ),
         Paragraph(
@@ -116,7 +118,10 @@ def _alternatives(values: Iterable[str]) -> str:
 def _counted(counts: Counter[str]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{name} ({count} cells)" for name, count in sorted(counts.items()))
+    return ", ".join(
+        f"{name} ({count} {'cell' if count == 1 else 'cells'})"
+        for name, count in sorted(counts.items())
+    )
 
 
 def _numbers(values: Iterable[int]) -> str:

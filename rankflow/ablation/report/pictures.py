@@ -1,5 +1,6 @@
 """The figures of a report: which there are numbers for, and what they show."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median_low
 
@@ -11,7 +12,7 @@ from rankflow.ablation.report.drawing.forest import ForestLine, draw_forest
 from rankflow.ablation.report.drawing.panels import Estimate
 from rankflow.ablation.report.drawing.ranks import FinalRanks, draw_ranks
 from rankflow.ablation.report.drawing.scatter import Price, draw_scatter
-from rankflow.ablation.report.drawing.style import MethodStyle, as_png, style_methods
+from rankflow.ablation.report.drawing.style import MOST_STYLES, MethodStyle, as_png, style_methods
 from rankflow.ablation.report.rows import Gathered, MethodRow, Place
 from rankflow.ablation.report.verdicts import METRICS, Verdict
 from rankflow.ablation.statistics.spread import Spread
@@ -69,10 +70,15 @@ def _curves(spec: AblationSpec, rows: Rows, styles: dict[str, MethodStyle]) -> l
         ticks={x: f"{x:g}" if by_rank else f"{x:,.0f}" for x in places.values()},
         metric=METRICS[spec.judge],
     )
+    rest = (
+        f" Grey, without intervals: methods beyond the first {MOST_STYLES}."
+        if any(not style.listed for style in styles.values())
+        else ""
+    )
     caption = (
         f"Quality against budget: mean {METRICS[spec.judge]} over seeds with intervals of "
         f"{100 * (1 - spec.alpha):g}%. Points are shifted sideways a little, so that they do not "
-        f"hide each other. {_HOLLOW} {_CUT}"
+        f"hide each other. {_HOLLOW} {_CUT}{rest}"
     )
     return [Picture("quality", caption, as_png(draw_curves(tasks, styles, axes)))]
 
@@ -133,7 +139,7 @@ def _prices(spec: AblationSpec, rows: Rows, styles: dict[str, MethodStyle]) -> l
     ]
     if not any(points for line in panels for _, points in line):
         return []
-    label = "time of a forward pass, in the base model's" if by_latency else "final parameters"
+    label = "forward pass, times the base model's" if by_latency else "final parameters"
     caption = (
         f"Quality against {'inference time' if by_latency else 'parameters'}: "
         f"{METRICS[spec.judge]} ({'higher' if HIGHER_IS_BETTER[spec.judge] else 'lower'} is "
@@ -164,7 +170,7 @@ def _forgetting_of(
     )
     panels = _dot_panels(spec, rows, after, before)
     figure = draw_dots(panels, styles, label=measure, reference="base model")
-    return Picture(f"forgetting-{measure}", caption, as_png(figure))
+    return Picture(_file_name("forgetting", measure), caption, as_png(figure))
 
 
 def _recovery(spec: AblationSpec, rows: Rows, styles: dict[str, MethodStyle]) -> list[Picture]:
@@ -219,7 +225,7 @@ def _ranks(gathered: Gathered) -> list[Picture]:
                     f"Final ranks on {task.name} at {budget.label}: the median over seeds at each "
                     f"site, on one scale; a dot marks a magnitude that most seeds train."
                 )
-                name = f"ranks-{task.name}-{budget.label.replace(' ', '-').replace(',', '')}"
+                name = _file_name("ranks", task.name, budget.label)
                 pictures.append(Picture(name, caption, as_png(draw_ranks(found))))
     return pictures
 
@@ -246,6 +252,10 @@ def _is_uneven(history: RankHistory) -> bool:
     """Whether ranks moved, or differ by more than what fills a budget up."""
     ranks = history.moments[-1].ranks
     return len(history.moments) > 1 or max(ranks) - min(ranks) > 1
+
+
+def _file_name(*parts: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts).replace(",", ""))
 
 
 def _budget_places(spec: AblationSpec, rows: Rows) -> dict[str, float]:

@@ -140,16 +140,17 @@ def gather(spec: AblationSpec, results: Iterable[CellResult]) -> Gathered:
     strangers = 0
     for result in results:
         place = Place(result.cell.task, result.cell.budget, result.cell.method)
-        group = (tests if result.cell.split == "test" else trials).get(place)
-        if group is None or result.cell.seed not in _seeds_asked(spec, result):
-            strangers += 1
+        groups = tests if result.cell.split == "test" else trials
+        if place in groups and result.cell.seed in _seeds_asked(spec, result):
+            groups[place].append(result)
         else:
-            group.append(result)
-    for place, group in tests.items():
+            strangers += 1
+    ordered = {place: _in_order(group) for place, group in tests.items()}
+    for place, group in ordered.items():
         _check_unique(place, group)
     return Gathered(
         spec=spec,
-        tests={place: _in_order(group) for place, group in tests.items()},
+        tests=ordered,
         trials={place: _in_order(group) for place, group in trials.items()},
         strangers=strangers,
     )

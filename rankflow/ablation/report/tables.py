@@ -25,8 +25,8 @@ EXCEEDS: Final = "†"
 MISSES: Final = "‡"
 
 _BOLD: Final = (
-    "Bold: the best mean of those within the budget that finished the same seeds. It describes the "
-    "sample, and is no claim that the method is better."
+    "Bold: the best mean of those within the budget that finished most seeds and diverged in none. "
+    "It describes the sample, and is no claim that the method is better."
 )
 
 Rows = Mapping[Place, MethodRow]

@@ -106,7 +106,11 @@ def interaction_sentence(found: Interaction, spec: AblationSpec, relative: bool)
         said = "the two are worth more together than the sum of what each is worth alone"
     else:
         said = "the two are worth less together than the sum of what each is worth alone"
-    broken = f"; {found.broken} left out because a run diverged" if found.broken else ""
+    broken = (
+        f"; {found.broken} left out because a run diverged, so the rest may be no fair sample"
+        if found.broken
+        else ""
+    )
     return f"Interaction of {parts} over {found.neither}: {said} ({numbers}{broken})."
 
 

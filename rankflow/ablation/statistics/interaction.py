@@ -51,7 +51,7 @@ def interact(
     other_only: str,
     neither: str,
     level: float = 0.95,
-    kind: IntervalKind = "student",
+    kind: IntervalKind = "bootstrap",
     seed: int = 0,
 ) -> Interaction:
     """Test ``(both - one_only) - (other_only - neither)`` over tasks and seeds.

@@ -31,7 +31,7 @@ def compare_all(
     margin: float,
     alpha: float = 0.05,
     seed: int = 0,
-    kind: IntervalKind = "student",
+    kind: IntervalKind = "bootstrap",
 ) -> list[Comparison]:
     """Judge every comparison that was declared, all together.
 

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from rankflow.ablation.methods.full import FullFineTuning
@@ -29,8 +30,9 @@ def test_a_float32_base_needs_no_finish(host_case, setting):
     assert METHOD.build(host_case.base(), setting, None).finish is None
 
 
-def test_a_narrow_base_trains_in_float32_and_ends_as_it_was(host_cases, setting):
-    base = host_cases["language model"].base(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_base_trains_in_float32_and_ends_as_it_was(dtype, host_cases, setting):
+    base = host_cases["language model"].base(dtype)
     base.model.model.norm.float()  # as models do that keep some weights wide
     # Transformers computes rotary frequencies in float32 in a model of any type.
     rotary = base.model.model.rotary_emb

@@ -84,6 +84,11 @@ def test_the_seed_decides_the_bootstrap(make_pairs):
     found = interval(pairs, "bootstrap", seed=1)
     assert found == interval(pairs, "bootstrap", seed=1)
     assert found != interval(pairs, "bootstrap", seed=2)
+    assert interval(pairs) == bootstrap_interval(pairs)
+
+
+def test_fewer_than_five_pairs_have_students_interval(make_pairs):
+    pairs = make_pairs(ONE[:4])
     assert interval(pairs) == student_interval(pairs)
 
 

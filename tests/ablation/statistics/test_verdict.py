@@ -43,11 +43,11 @@ def test_a_verdict_holds_the_figures_it_rests_on(make_table):
     found = _verdict(table)
     pairs = table.pairs("ours", "theirs")
     assert found.mean == pytest.approx(pairs.difference.mean())
-    assert (found.low, found.high) == student_interval(pairs)
+    assert (found.low, found.high) == bootstrap_interval(pairs)
     assert found.p == found.p_holm == found.p_attainable == 2 / 2**10
     assert (found.n, found.tasks, found.broken, found.unpaired) == (10, ("x",), 0, 0)
     assert found.seeds_needed == 6  # the fewest that can be significant
-    assert _verdict(table, kind="bootstrap").low == bootstrap_interval(pairs)[0]
+    assert _verdict(table, kind="student").low == student_interval(pairs)[0]
     assert asdict(found)["outcome"] == "better"
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from matplotlib.axes import Axes
@@ -11,15 +11,18 @@ from matplotlib.figure import Figure
 from rankflow.ablation.report.drawing.panels import (
     Estimate,
     add_legend,
-    axis_limits,
     draw_estimate,
     panel_grid,
+    scale_vertical,
     wrap,
 )
 from rankflow.ablation.report.drawing.style import MethodStyle, tidy
 
-_DODGE: Final = 0.025
+_DODGE: Final = 0.03
 """Shift between two methods at one budget, in doublings, so that intervals do not hide."""
+
+_WIDEST: Final = 0.25
+"""Most that all methods at one budget are spread, in doublings."""
 
 Curve = Mapping[float, Estimate]
 """Estimate by budget."""
@@ -68,8 +71,9 @@ def _draw_panel(
 ) -> None:
     panel.set_xscale("log", base=2)
     order: Sequence[str] = sorted(curves, key=lambda method: styles[method].listed)
+    dodge = min(_DODGE, _WIDEST / max(len(order), 1))
     for place, method in enumerate(order):
-        style, shift = styles[method], 2 ** (_DODGE * (place - (len(order) - 1) / 2))
+        style, shift = styles[method], 2 ** (dodge * (place - (len(order) - 1) / 2))
         points = [(budget * shift, e) for budget, e in sorted(curves[method].items())]
         panel.plot(
             [x for x, _ in points],
@@ -79,10 +83,9 @@ def _draw_panel(
             zorder=2,
         )
         for x, estimate in points:
-            draw_estimate(panel, x, estimate, style)
-    estimates = [e for curve in curves.values() for e in curve.values()]
-    if estimates:
-        panel.set_ylim(*axis_limits(estimates))
+            bare = replace(estimate, low=math.nan, high=math.nan)
+            draw_estimate(panel, x, estimate if style.listed else bare, style)
+    scale_vertical(panel, [e for curve in curves.values() for e in curve.values()])
     budgets = sorted(axes.ticks)
     panel.set_xlim(budgets[0] / math.sqrt(1.8), budgets[-1] * math.sqrt(1.8))
     panel.set_xticks(budgets, [axes.ticks[budget] for budget in budgets])

@@ -9,9 +9,9 @@ from matplotlib.lines import Line2D
 
 from rankflow.ablation.report.drawing.panels import (
     Estimate,
-    axis_limits,
     draw_estimate,
     panel_grid,
+    scale_horizontal,
 )
 from rankflow.ablation.report.drawing.style import INK, LABEL_POINTS, MethodStyle, tidy
 
@@ -91,6 +91,5 @@ def _share_scale(axes: Sequence[Axes], panels: Sequence[tuple[str, DotPanel]]) -
     estimates = [e for _, panel in panels for e in panel.estimates.values()]
     references = [panel.reference for _, panel in panels if panel.reference is not None]
     if estimates:
-        limits = axis_limits(estimates, references)
         for own in axes:
-            own.set_xlim(*limits)
+            scale_horizontal(own, estimates, references)

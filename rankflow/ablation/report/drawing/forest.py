@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
 from rankflow.ablation.report.drawing.panels import Estimate, axis_limits
@@ -21,11 +22,12 @@ from rankflow.ablation.report.drawing.style import (
     new_figure,
     tidy,
 )
-from rankflow.ablation.report.numbers import change, probability
+from rankflow.ablation.report.numbers import probability
 from rankflow.ablation.statistics.comparison import Comparison
 
-_ROW = 0.26  # inches
-_GAP = 0.5  # rows before a comparison over all tasks
+_ROW: Final = 0.26  # inches
+_GAP: Final = 0.5  # rows before a comparison over all tasks
+_LONGEST_PER_CENT: Final = 1.0  # log ratio; beyond it, per cent mislead the eye
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +65,33 @@ def draw_forest(budgets: dict[str, Sequence[ForestLine]], higher_is_better: bool
         panel.tick_params(axis="y", length=0)
     margins = [line.found.margin for line in lines]
     low, high = axis_limits([_estimate(line) for line in lines], [-max(margins), max(margins), 0.0])
-    relative = lines[0].found.relative
     panels[-1].set_xlim(low, high)
-    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: change(x, relative)))
+    if lines[0].found.relative:
+        panels[-1].set_xticks(*ratio_ticks(low, high))
     sides = ("ours is worse", "ours is better")
     left, right = sides if higher_is_better else sides[::-1]
     metric = lines[0].found.metric
-    panels[-1].set_xlabel(f"← {left}      difference of {metric}, ours - theirs      {right} →")
+    panels[-1].set_xlabel(f"← {left}      {metric}, ours against theirs      {right} →")
     _add_legend(figure, lines)
     return figure
+
+
+def ratio_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Return places and labels of an axis of log ratios: per cent, or ratios if it is a long one.
+
+    >>> ratio_ticks(-0.1, 0.03)[1]
+    ['-8%', '-6%', '-4%', '-2%', '0%', '+2%']
+    >>> ratio_ticks(-5.0, 1.0)[1]
+    ['0.01x', '0.1x', '1x']
+    """
+    if high - low < _LONGEST_PER_CENT:
+        ends = 100 * math.expm1(low), 100 * math.expm1(high)
+        shares = [float(x) for x in MaxNLocator(7).tick_values(*ends) if ends[0] <= x <= ends[1]]
+        return [math.log1p(x / 100) for x in shares], [f"{x:+.3g}%" if x else "0%" for x in shares]
+    step = math.ceil((high - low) / math.log(10) / 7)
+    first, last = math.ceil(low / math.log(10)), math.floor(high / math.log(10))
+    powers = [power for power in range(first, last + 1) if power % step == 0]
+    return [power * math.log(10) for power in powers], [f"{10.0**power:g}x" for power in powers]
 
 
 def _draw_panel(panel: Axes, lines: Sequence[ForestLine]) -> None:

@@ -3,17 +3,25 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from rankflow.ablation.report.drawing.style import INK, LABEL_POINTS, MethodStyle, new_figure
 from rankflow.ablation.statistics.spread import Spread
 
-_MOST_REACH: Final = 0.75
-"""How far axes go beyond the points for the sake of intervals, in ranges of the points."""
+_REACH: Final = 0.75
+"""How far axes may go beyond the means for the sake of intervals, in ranges of the means."""
+
+_USUAL: Final = 1.5
+"""The same in usual intervals; the larger counts."""
+
+_DECADES: Final = 30.0
+"""Ratio of the means beyond which an axis is logarithmic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +77,32 @@ def axis_limits(estimates: Iterable[Estimate], also: Sequence[float] = ()) -> tu
     inner = [estimate.mean for estimate in estimates] + list(also)
     low, high = min(inner), max(inner)
     span = (high - low) or abs(high) or 1.0
-    ends = [end for e in estimates for end in (e.low, e.high) if math.isfinite(end)]
-    low_end = max(min([low, *ends]), low - _MOST_REACH * span)
-    high_end = min(max([high, *ends]), high + _MOST_REACH * span)
+    known = [e for e in estimates if math.isfinite(e.low)]
+    ends = [end for e in known for end in (e.low, e.high)]
+    usual = median([(e.high - e.low) / 2 for e in known]) if known else 0.0
+    reach = max(_REACH * span, _USUAL * usual)
+    low_end = max(min([low, *ends]), low - reach)
+    high_end = min(max([high, *ends]), high + reach)
     margin = 0.06 * (high_end - low_end or span)
     return low_end - margin, high_end + margin
+
+
+def scale_horizontal(axes: Axes, estimates: Iterable[Estimate], also: Sequence[float] = ()) -> None:
+    """Fit the horizontal axis to the means; few ticks, so that long labels do not touch."""
+    axes.set_xlim(*axis_limits(estimates, also))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def scale_vertical(axes: Axes, estimates: Sequence[Estimate]) -> None:
+    """Fit the vertical axis to the means; a logarithmic one where they span decades."""
+    if not estimates:
+        return
+    means = [estimate.mean for estimate in estimates]
+    if min(means) > 0 and max(means) > _DECADES * min(means):
+        axes.set_yscale("log")
+        axes.set_ylim(min(means) / 2, max(means) * 2)
+    else:
+        axes.set_ylim(*axis_limits(estimates))
 
 
 def draw_estimate(

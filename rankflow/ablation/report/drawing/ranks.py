@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from rankflow.ablation.report.drawing.style import DOTS_PER_INCH
 from rankflow.report.heatmap import rank_heatmap, render_pixels
 
-_WIDEST: Final = 1900  # pixels of a line of heatmaps
-_GAP: Final = 30
+_RESOLUTION: Final = 110  # of the heatmaps, in dots per inch
+_WIDEST: Final = 1500  # pixels of a line of heatmaps
+_GAP: Final = 20
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -47,7 +48,7 @@ def draw_ranks(methods: Sequence[FinalRanks]) -> Figure:
                 maximum=top,
                 magnitudes=method.magnitudes or None,
             ),
-            dots_per_inch=DOTS_PER_INCH,
+            dots_per_inch=_RESOLUTION,
         )
         for method in methods
     ]
@@ -81,7 +82,7 @@ def _pad(image: Pixels, height: int, width: int) -> Pixels:
 
 
 def _show(pixels: Pixels) -> Figure:
-    """Return a figure that is the image, pixel by pixel."""
+    """Return a figure that is the image."""
     height, width = pixels.shape[:2]
     figure = Figure(figsize=(width / DOTS_PER_INCH, height / DOTS_PER_INCH), dpi=DOTS_PER_INCH)
     figure.figimage(pixels)

@@ -11,9 +11,10 @@ from matplotlib.lines import Line2D
 from rankflow.ablation.report.drawing.panels import (
     Estimate,
     add_legend,
-    axis_limits,
     draw_estimate,
     panel_grid,
+    scale_horizontal,
+    scale_vertical,
 )
 from rankflow.ablation.report.drawing.style import FAINT, INK, MethodStyle, tidy
 
@@ -64,6 +65,7 @@ def draw_scatter(
             shown |= {method: styles[method] for method in points}
     cross = Line2D([], [], color=FAINT, marker="x", linewidth=0.8, label="merged")
     ordered = {method: style for method, style in styles.items() if method in shown}
+    figure.align_ylabels()
     columns = min(4 * len(panels[0]) - 1, 7)
     add_legend(figure, ordered, extra=[cross] if merges else [], columns=columns)
     return figure
@@ -84,5 +86,5 @@ def _limit(axes: Axes, points: Sequence[Price]) -> None:
         return
     prices = [p for point in points for p in (point.unmerged, point.merged) if p is not None]
     exact = [Estimate(price, math.nan, math.nan) for price in prices]
-    axes.set_xlim(*axis_limits(exact))
-    axes.set_ylim(*axis_limits([point.quality for point in points]))
+    scale_horizontal(axes, exact)
+    scale_vertical(axes, [point.quality for point in points])

@@ -10,6 +10,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -47,6 +49,11 @@ class HostCase:
     make: Callable[[], nn.Module]
     full_modules: tuple[str, ...]
     labels: tuple[int, ...]  # shape
+    spec: ModelSpec
+
+    def setting(self, parameters=1000, steps=10, options=None, **adapter):
+        adapter = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **adapter}
+        return Setting(self.spec, adapter, parameters, steps, 0, options or {})
 
     def base(self, dtype=torch.float32):
         torch.manual_seed(0)
@@ -60,11 +67,21 @@ class HostCase:
 
 
 HOSTS = {
-    "token classifier": HostCase(lambda: BertForTokenClassification(BERT), ("classifier",), (4, 6)),
-    "classifier with a new pooler": HostCase(
-        lambda: BertForSequenceClassification(BERT), ("bert.pooler", "classifier"), (4,)
+    "token classifier": HostCase(
+        lambda: BertForTokenClassification(BERT),
+        ("classifier",),
+        (4, 6),
+        ModelSpec(name="minilm", task="sequence-classification", pooling="mean"),
     ),
-    "language model": HostCase(lambda: LlamaForCausalLM(LLAMA), (), (4, 6)),
+    "classifier with a new pooler": HostCase(
+        lambda: BertForSequenceClassification(BERT),
+        ("bert.pooler", "classifier"),
+        (4,),
+        ModelSpec(name="minilm", task="sequence-classification"),
+    ),
+    "language model": HostCase(
+        lambda: LlamaForCausalLM(LLAMA), (), (4, 6), ModelSpec(name="minilm", task="causal-lm")
+    ),
 }
 
 
@@ -112,3 +129,12 @@ def train():
 def trained_names():
     """Name everything that trains."""
     return lambda model: {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def transposed():
+    """A base model whose linear layers store their weights as (in, out)."""
+    config = GPT2Config(
+        vocab_size=13, n_embd=16, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    return BaseModel(GPT2LMHeadModel(config), None, (), ())

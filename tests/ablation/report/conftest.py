@@ -2,7 +2,10 @@
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+
+import pytest
 
 from rankflow.ablation.records import (
     Cell,
@@ -233,3 +236,21 @@ def messy() -> tuple[AblationSpec, list[CellResult]]:
         or result.cell.seed in (0, 100)
     ]
     return scenario.spec, results
+
+
+@pytest.fixture
+def draw() -> Callable[..., Scenario]:
+    """Draws an ablation; its keywords are the scenario's."""
+    return Scenario
+
+
+@pytest.fixture
+def change() -> Callable[..., list[CellResult]]:
+    """Replaces results by ones that broke."""
+    return alter
+
+
+@pytest.fixture
+def broken() -> tuple[AblationSpec, list[CellResult]]:
+    """An ablation in which everything that can go wrong has."""
+    return messy()

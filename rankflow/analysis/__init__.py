@@ -1,0 +1,1 @@
+"""How fine-tuning changed a model's weights: in magnitude, and in direction."""
