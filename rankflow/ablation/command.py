@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rankflow.ablation.executors import Executor, HereExecutor, ProcessExecutor, RayExecutor
@@ -18,17 +19,26 @@ from rankflow.ablation.run import Ablation, run_ablation
 from rankflow.ablation.schedule import Group
 from rankflow.ablation.sizing import choose_size, reaches
 from rankflow.ablation.worker import CellRunner
+from rankflow.errors import RankFlowError
 from rankflow.specs.ablation import AblationSpec
 
 ExecutorName = Literal["processes", "here", "ray"]
 
 
 def make_executor(name: ExecutorName, spec: AblationSpec, workers: int, threads: int) -> Executor:
-    """Return the executor of a name."""
+    """Return the executor of a name.
+
+    Raises:
+        RankFlowError: Several workers are asked for where there can be one, or Ray is not there.
+    """
     if name == "ray":
         return RayExecutor(spec, workers, threads)
     if name == "processes":
         return ProcessExecutor(spec, workers, threads)
+    if workers > 1:
+        raise RankFlowError(
+            f"the executor 'here' runs one cell at a time, not {workers}; use --executor processes"
+        )
     return HereExecutor(CellRunner(spec, threads))
 
 
@@ -54,6 +64,8 @@ def ablate(
     if ablation.ready():
         run_ablation(ablation, make_executor(executor, ablation.spec, workers, threads), console)
     tell(ablation, console, report=report)
+    for group, reason in ablation.obstacles().items():
+        console.print(f"{group.path} is not complete: {reason}", markup=False, soft_wrap=True)
 
 
 def tell(ablation: Ablation, console: Console, *, report: Path) -> None:
@@ -111,7 +123,7 @@ def _plan_group(runner: CellRunner, group: Group) -> tuple[str, str, str]:
             method, runner.workload(group.task).build_meta, runner.setting_of(cell, None)
         )
     except UnsupportedError as error:
-        return "", "cannot run", str(error)
+        return "", "cannot run", escape(str(error))
     mark = "" if reaches(sized.parameters, budget) else " *"
     size = "" if sized.size is None else f"{method.size_name} {sized.size:,}"
     return size, f"{sized.parameters:,}", f"{sized.parameters / budget:.0%}{mark}"

@@ -1,11 +1,12 @@
 """Run an ablation: what is ready goes to the workers, what comes back decides what is ready."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,7 +17,7 @@ from rich.progress import (
 )
 
 from rankflow.ablation.executors import Executor
-from rankflow.ablation.methods.registry import find_method
+from rankflow.ablation.methods.registry import check_methods, find_method
 from rankflow.ablation.methods.steered import Steered
 from rankflow.ablation.provenance import digest_cell, trace
 from rankflow.ablation.records import Cell, CellResult
@@ -24,8 +25,10 @@ from rankflow.ablation.schedule import (
     Group,
     Trial,
     chosen_point,
+    group_of,
     groups_of,
     is_over,
+    obstacle,
     ready_cells,
     source_cell,
     tuning_losses,
@@ -33,6 +36,7 @@ from rankflow.ablation.schedule import (
 from rankflow.ablation.store import Store
 from rankflow.ablation.tuning import Point
 from rankflow.ablation.worker import Order
+from rankflow.errors import SpecError
 from rankflow.specs.ablation import AblationSpec
 
 _EXPECTED_POINTS: Final = 4  # that tuning measures for a method, most often
@@ -46,58 +50,64 @@ class Ablation:
         spec: The ablation.
         store: Where results are kept.
         only: Regex for ``task/budget/method``; other groups are left alone.
-        results: What has run, by cell.
+        trials: What the schedule has to know of each method.
+        groups: The groups that are asked for.
     """
 
     spec: AblationSpec
     store: Store
     only: str = ""
-    results: dict[Cell, CellResult] = field(default_factory=dict)
+    trials: Mapping[str, Trial] = field(init=False)
+    groups: list[Group] = field(init=False)
+    _ran: dict[Group, dict[Cell, CellResult]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        """Check what a spec cannot check by itself.
+
+        Raises:
+            SpecError: A method is not there or cannot be varied so, or no group is asked for.
+        """
+        check_methods(self.spec)
+        self.trials = {name: _trial(self.spec, name) for name in self.spec.methods}
+        self.groups = _choose_groups(groups_of(self.spec), self.only)
+
+    @property
+    def results(self) -> dict[Cell, CellResult]:
+        """What has run, by cell."""
+        return {cell: result for ran in self._ran.values() for cell, result in ran.items()}
 
     def load(self, *, retry: bool = False) -> None:
-        """Read what has run before.
+        """Read what has run before, and is asked for.
 
         Args:
             retry: Forget what failed, so that it runs again.
         """
-        kept = self.store.load()
-        names = {task.name for task in self.spec.tasks}, {b.label for b in self.spec.budgets}
-        for digest, result in kept.items():
-            cell = result.cell
-            is_named = cell.task in names[0] and cell.budget in names[1]
-            if not is_named or cell.method not in self.spec.methods:
-                continue
-            if retry and result.status == "failed":
-                continue
-            if digest_cell(self.spec, cell) == digest:
-                self.results[cell] = result
-
-    @property
-    def trials(self) -> Mapping[str, Trial]:
-        """What the schedule has to know of each method."""
-        return {name: _trial(self.spec, name) for name in self.spec.methods}
-
-    @property
-    def groups(self) -> list[Group]:
-        """The groups that are asked for."""
-        return [g for g in groups_of(self.spec) if re.search(self.only, g.path)]
+        for digest, result in self.store.load().items():
+            is_wanted = self._asks_for(result.cell) and not (retry and result.status == "failed")
+            if is_wanted and digest_cell(self.spec, result.cell) == digest:
+                self._take(result)
 
     def ready(self) -> list[Cell]:
         """Return the cells that can run now, in the order of the spec."""
-        trials = self.trials
         return [
             cell
             for group in self.groups
-            for cell in ready_cells(self.spec, trials, self.results, group)
+            for cell in ready_cells(self.spec, self.trials, self._near(group), group)
         ]
+
+    def obstacles(self) -> dict[Group, str]:
+        """Return what keeps groups from being complete, once nothing is ready."""
+        found = {g: obstacle(self.spec, self.trials, self._near(g), g) for g in self.groups}
+        return {group: reason for group, reason in found.items() if reason}
 
     def order(self, cell: Cell) -> Order:
         """Return what a worker needs to run a cell."""
-        source = source_cell(self.spec, self.trials, self.results, cell)
+        near = self._near(group_of(cell))
+        source = source_cell(self.spec, self.trials, near, cell)
         first = self.spec.seeds_of(self.spec.budget(cell.budget))[0]
         return Order(
             cell,
-            learned=None if source is None else self.results[source].ranks,
+            learned=None if source is None else near[source].ranks,
             is_measured=cell.split == "test" and cell.seed == first,
             folder=self.store.local_folder(cell, digest_cell(self.spec, cell)),
         )
@@ -110,22 +120,22 @@ class Ablation:
             digest = digest_cell(self.spec, cell)
             outcome = CellResult(cell, "failed", trace(digest), reason=reason)
         self.store.save(outcome)
-        self.results[cell] = outcome
+        self._take(outcome)
         return outcome
 
     def reported(self) -> list[CellResult]:
         """Return what a report is made from: all tuning, and the cells at the chosen points."""
-        trials = self.trials
         points = {
-            group: chosen_point(self.spec, trials, self.results, group)
-            for group in groups_of(self.spec)
+            group: chosen_point(self.spec, self.trials, ran, group)
+            for group, ran in self._ran.items()
         }
         return [
             result
-            for cell, result in self.results.items()
+            for group, ran in self._ran.items()
+            for cell, result in ran.items()
             if cell.split == "validation"
             or result.status == "unsupported"
-            or points[Group(cell.task, cell.budget, cell.method)] == Point(cell.rate, cell.scaling)
+            or points[group] == Point(cell.rate, cell.scaling)
         ]
 
     def expected(self) -> int:
@@ -134,24 +144,39 @@ class Ablation:
 
     def ended(self) -> int:
         """Count the cells of the groups that have run."""
-        groups = {(g.task, g.budget, g.method) for g in self.groups}
-        return sum((c.task, c.budget, c.method) in groups for c in self.results)
+        return sum(len(self._ran.get(group, {})) for group in self.groups)
+
+    def _asks_for(self, cell: Cell) -> bool:
+        spec = self.spec
+        if group_of(cell) not in groups_of(spec):
+            return False
+        if cell.split == "validation":
+            return spec.tuning.enabled and cell.seed in spec.tuning.seeds
+        return cell.seed in spec.seeds_of(spec.budget(cell.budget))
+
+    def _take(self, result: CellResult) -> None:
+        self._ran.setdefault(group_of(result.cell), {})[result.cell] = result
+
+    def _near(self, group: Group) -> dict[Cell, CellResult]:
+        """Return the results of a group, and of those whose ranks it retrains."""
+        near: dict[Cell, CellResult] = {}
+        method: str | None = group.method
+        while method is not None:
+            near |= self._ran.get(replace(group, method=method), {})
+            method = self.trials[method].follows
+        return near
 
     def _expected_of(self, group: Group) -> int:
-        trials = self.trials
-        ran = sum(
-            (c.task, c.budget, c.method) == (group.task, group.budget, group.method)
-            for c in self.results
-        )
-        if is_over(self.results, group):
-            return ran
+        ran = self._ran.get(group, {})
+        if is_over(ran, group):
+            return len(ran)
         tests = len(self.spec.seeds_of(self.spec.budget(group.budget)))
         if not self.spec.tuning.enabled:
-            return max(ran, tests)
-        tuned = len(tuning_losses(self.spec, self.results, group))
-        if chosen_point(self.spec, trials, self.results, group) is None:
+            return max(len(ran), tests)
+        tuned = len(tuning_losses(self.spec, ran, group))
+        if chosen_point(self.spec, self.trials, ran, group) is None:
             tuned = max(tuned, _EXPECTED_POINTS)
-        return max(ran, tuned * len(self.spec.tuning.seeds) + tests)
+        return max(len(ran), tuned * len(self.spec.tuning.seeds) + tests)
 
 
 def run_ablation(ablation: Ablation, executor: Executor, console: Console) -> None:
@@ -193,6 +218,18 @@ def run_ablation(ablation: Ablation, executor: Executor, console: Console) -> No
         executor.close()
 
 
+def _choose_groups(groups: Sequence[Group], only: str) -> list[Group]:
+    try:
+        chosen = [group for group in groups if re.search(only, group.path)]
+    except re.error as error:
+        raise SpecError(f"--only '{only}' is no regular expression: {error}") from error
+    if not chosen:
+        raise SpecError(
+            f"--only '{only}' matches no task/budget/method; the first of them is {groups[0].path}"
+        )
+    return chosen
+
+
 def _trial(spec: AblationSpec, name: str) -> Trial:
     method = find_method(spec.variant(name))
     follows = method.follows if isinstance(method, Steered) else None
@@ -206,4 +243,4 @@ def _tell(result: CellResult, judge: str) -> str:
     where += f"{scaling} ({cell.split})"
     if result.status == "done":
         return f"{where}: {judge} {result.metrics.get(judge, float('nan')):.4f}"
-    return f"{where}: [red]{result.status}[/red]: {result.reason}"
+    return f"{where}: [red]{result.status}[/red]: {escape(result.reason)}"

@@ -59,7 +59,7 @@ Trials = Mapping[str, Trial]
 
 
 def groups_of(spec: AblationSpec) -> list[Group]:
-    """Return all groups, budgets and seeds nearest to done first: task by task."""
+    """Return all groups in the order of the spec: the first budget on all tasks comes first."""
     return [
         Group(task.name, budget.label, method)
         for budget in spec.budgets
@@ -77,14 +77,30 @@ def ready_cells(spec: AblationSpec, trials: Trials, results: Results, group: Gro
         results: What has run.
         group: The group.
     """
-    if is_over(results, group):
-        return []
-    point = chosen_point(spec, trials, results, group)
-    if point is None:
-        return _unblocked(spec, trials, results, _tuning_cells(spec, trials, results, group))
-    seeds = spec.seeds_of(spec.budget(group.budget))
-    cells = [group.cell("test", seed, point) for seed in seeds]
-    return _unblocked(spec, trials, results, [cell for cell in cells if cell not in results])
+    return [
+        cell
+        for cell in _missing_cells(spec, trials, results, group)
+        if trials[group.method].follows is None
+        or source_cell(spec, trials, results, cell) is not None
+    ]
+
+
+def obstacle(spec: AblationSpec, trials: Trials, results: Results, group: Group) -> str:
+    """Return why a group is not complete although none of its cells can run; else empty.
+
+    What failed or is unsupported is not told here: its results say so.
+    """
+    missing = _missing_cells(spec, trials, results, group)
+    if missing and not ready_cells(spec, trials, results, group):
+        seeds = ", ".join(str(seed) for seed in sorted({cell.seed for cell in missing}))
+        return (
+            f"it retrains the ranks of '{trials[group.method].follows}', of which no run with "
+            f"seed {seeds} has finished"
+        )
+    is_tuned = chosen_point(spec, trials, results, group) is not None
+    if missing or is_tuned or is_over(results, group):
+        return ""
+    return "it diverged at every learning rate that was tried"
 
 
 def chosen_point(
@@ -109,7 +125,7 @@ def tuning_losses(spec: AblationSpec, results: Results, group: Group) -> dict[Po
     sign = -1 if HIGHER_IS_BETTER[spec.judge] else 1
     for cell, result in results.items():
         is_tuning = cell.split == "validation" and cell.seed in spec.tuning.seeds
-        if is_tuning and _group_of(cell) == group:
+        if is_tuning and group_of(cell) == group:
             value = result.metrics.get(spec.judge, math.inf)
             losses.setdefault(Point(cell.rate, cell.scaling), []).append(sign * value)
     complete = {p: v for p, v in losses.items() if len(v) == len(spec.tuning.seeds)}
@@ -126,8 +142,7 @@ def grid_of(spec: AblationSpec, trial: Trial) -> Grid:
 def is_over(results: Results, group: Group) -> bool:
     """Whether the method turned out not to run here, or an error keeps it from being tuned."""
     return any(
-        _group_of(cell) == group
-        and (result.status == "unsupported" or _failed_tuning(cell, result))
+        group_of(cell) == group and (result.status == "unsupported" or _failed_tuning(cell, result))
         for cell, result in results.items()
     )
 
@@ -145,26 +160,25 @@ def source_cell(spec: AblationSpec, trials: Trials, results: Results, cell: Cell
     return source if source in results and results[source].status == "done" else None
 
 
-def _tuning_cells(spec: AblationSpec, trials: Trials, results: Results, group: Group) -> list[Cell]:
-    found = tuning_losses(spec, results, group)
-    points = next_points(found, grid_of(spec, trials[group.method]))
-    cells = [group.cell("validation", s, point) for point in points for s in spec.tuning.seeds]
+def _missing_cells(
+    spec: AblationSpec, trials: Trials, results: Results, group: Group
+) -> list[Cell]:
+    """Return the cells that are known to be needed and have not run, whatever they wait for."""
+    if is_over(results, group):
+        return []
+    point = chosen_point(spec, trials, results, group)
+    if point is not None:
+        seeds = spec.seeds_of(spec.budget(group.budget))
+        cells = [group.cell("test", seed, point) for seed in seeds]
+    else:
+        found = tuning_losses(spec, results, group)
+        points = next_points(found, grid_of(spec, trials[group.method]))
+        cells = [group.cell("validation", s, point) for point in points for s in spec.tuning.seeds]
     return [cell for cell in cells if cell not in results]
 
 
-def _unblocked(
-    spec: AblationSpec, trials: Trials, results: Results, cells: list[Cell]
-) -> list[Cell]:
-    def is_free(cell: Cell) -> bool:
-        return (
-            trials[cell.method].follows is None
-            or source_cell(spec, trials, results, cell) is not None
-        )
-
-    return [cell for cell in cells if is_free(cell)]
-
-
-def _group_of(cell: Cell) -> Group:
+def group_of(cell: Cell) -> Group:
+    """Return the group of a cell."""
     return Group(cell.task, cell.budget, cell.method)
 
 

@@ -53,7 +53,9 @@ class Store:
                 for number, line in enumerate(file, start=1):
                     result = _parse(line, f"{archive}, line {number}")
                     results[result.provenance.digest] = result
-        for path in sorted(system.glob(f"{root}/cells/*/*/*/*/{RESULT_FILE}")):
+        for path in sorted(system.find(f"{root}/cells")):
+            if not path.endswith(f"/{RESULT_FILE}"):
+                continue  # a cell's folder may hold checkpoints too
             with system.open(path, "rt", encoding="utf-8") as file:
                 result = _parse(file.read(), path)
             results[result.provenance.digest] = result

@@ -79,9 +79,12 @@ def is_at_edge(found: Mapping[Point, float], point: Point) -> bool:
 
 
 def mean_losses(losses: Mapping[Point, Sequence[float]]) -> dict[Point, float]:
-    """Average the seeds of each point; a run that failed or diverged makes it infinite."""
+    """Average the seeds of each point; a run that failed or diverged makes it infinite.
+
+    The sum is exact, so that the mean does not depend on which seed ended first.
+    """
     return {
-        point: sum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
+        point: math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
         for point, values in losses.items()
     }
 

@@ -35,7 +35,7 @@ from rankflow.ablation.planted import (
 )
 from rankflow.ablation.records import Forgetting, RankHistory
 from rankflow.errors import SpecError
-from rankflow.specs.ablation import ForgettingSpec, TaskSpec, TeacherSpec
+from rankflow.specs.ablation_task import ForgettingSpec, TaskSpec, TeacherSpec
 from rankflow.specs.run import DataSpec, ModelSpec
 from rankflow.training.data import load_data
 from rankflow.training.metrics import classification_metrics
@@ -301,12 +301,16 @@ class PlantedWorkload:
         return {"excess": excess_share(model)}
 
     def judge_ranks(self, ranks: RankHistory | None, seed: int) -> dict[str, float]:
-        """Return Spearman's correlation of learned and true ranks, and how magnitudes fit."""
+        """Return Spearman's correlation of learned and true ranks, and how magnitudes fit.
+
+        Equal ranks have no correlation with anything, and methods without magnitudes no fit.
+        """
         if ranks is None:
             return {}
         last, design = ranks.moments[-1], self._design
         learned = dict(zip(ranks.sites, last.ranks, strict=True))
-        found = {"rank_spearman": rank_recovery(learned, design.true_ranks)}
+        recovery = rank_recovery(learned, design.true_ranks)
+        found = {} if math.isnan(recovery) else {"rank_spearman": recovery}
         if last.magnitudes:
             on = [ranks.sites[i] for i in last.magnitudes]
             fit = magnitude_recovery(on, design.true_magnitudes)

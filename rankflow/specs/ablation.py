@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rankflow.specs.external import check_train
+from rankflow.specs.ablation_task import SOURCES, TaskSpec, check_tasks
 from rankflow.specs.overrides import apply_overrides
 from rankflow.specs.reading import (
+    ABSENT,
     Fault,
     Spec,
     SpecT,
@@ -26,21 +27,22 @@ from rankflow.specs.reading import (
     read_toml,
     suggest,
 )
-from rankflow.specs.run import (
-    DataSpec,
-    Files,
-    ModelSpec,
-    Text,
-    check_adapter_table,
-    check_columns,
-    resolve_paths,
-)
+from rankflow.specs.run import check_adapter_table
 
-SHARED: Final = ("model", "data", "train", "forgetting", "teacher")
-_SOURCES: Final = ("name", "train")
 
-Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+def _list_seeds(seeds: object) -> object:
+    """Number the seeds where only their number was given."""
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
+        return tuple(range(seeds))
+    listed = tuple(seeds) if isinstance(seeds, list | tuple) else ()
+    if not listed or not all(type(seed) is int and seed >= 0 for seed in listed):
+        raise ValueError("must be a number of seeds, or a list of seeds of 0 or more")
+    return tuple(dict.fromkeys(listed))
+
+
+Name = Annotated[str, Field(pattern=r"^\w[\w.\-]*$")]
 Metric = Literal["nll", "accuracy", "perplexity", "excess"]
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_list_seeds)]
 
 HIGHER_IS_BETTER: Final[Mapping[str, bool]] = {
     "nll": False,
@@ -56,12 +58,12 @@ class BudgetPoint(Spec):
     Attributes:
         rank: As many parameters as plain LoRA of this rank trains on the same sites.
         params: Trainable parameters.
-        seeds: Number of seeds (0, 1, ...), or the seeds; None for the ablation's.
+        seeds: The seeds, or their number (0, 1, ...); None for the ablation's.
     """
 
     rank: PositiveFloat | None = None
     params: PositiveInt | None = None
-    seeds: PositiveInt | list[NonNegativeInt] | None = None
+    seeds: Seeds | None = None
 
     @property
     def label(self) -> str:
@@ -74,8 +76,10 @@ class BudgetPoint(Spec):
 
     def contradictions(self) -> Iterator[Fault]:
         """Faults between keys that are sound by themselves."""
+        targets = {"rank": self.rank, "params": self.params}
         if (self.rank is None) == (self.params is None):
-            yield Fault({"rank": self.rank, "params": self.params}, "set one of these")
+            given = {key: ABSENT if value is None else value for key, value in targets.items()}
+            yield Fault(given, "set one of these")
 
 
 class TuningSpec(Spec):
@@ -100,6 +104,12 @@ class TuningSpec(Spec):
     widest: Annotated[float, Field(ge=1)] = 16.0
     enabled: bool = True
 
+    def contradictions(self) -> Iterator[Fault]:
+        """Faults between keys that are sound by themselves."""
+        for key, values in (("seeds", self.seeds), ("rates", self.rates)):
+            if len(set(values)) < len(values):
+                yield Fault({key: values}, "names one twice")
+
 
 class MethodSpec(Spec):
     """A variant of a method.
@@ -114,68 +124,13 @@ class MethodSpec(Spec):
         rate: Learning rate to start tuning with.
     """
 
-    like: Name
+    like: Name = Field(description="name the method that it is a variant of")
     use_dora: bool | None = None
     budget: Table = Field(default_factory=dict)
     factor: PositiveFloat | None = None
     follows: Name | None = None
     config: Table = Field(default_factory=dict)
     rate: PositiveFloat | None = None
-
-
-class TeacherSpec(Spec):
-    """The planted teacher: linear layers that must find known weights again.
-
-    Attributes:
-        noise: Standard deviation of the noise on the targets.
-        rows: Training rows; none is seen twice.
-    """
-
-    noise: Annotated[float, Field(ge=0)] = 0.1
-    rows: PositiveInt = 25_600
-
-
-class ForgettingSpec(Spec):
-    """What the model could do before: similar sentences for an encoder, any text for a decoder.
-
-    Attributes:
-        data: Files of rows.
-        text: Column with the first sentence, or with the text.
-        text_pair: Column with the second sentence.
-        score: Column with the similarity that people see in the two.
-        max_length: Longest input, in tokens.
-        max_rows: Number of rows to use; None for all.
-    """
-
-    data: Files
-    text: Text = "text"
-    text_pair: Text = "text2"
-    score: Text = "label"
-    max_length: PositiveInt = 128
-    max_rows: PositiveInt | None = None
-
-
-class TaskSpec(Spec):
-    """One task: a base model and its rows, or the planted teacher.
-
-    Attributes:
-        name: Name of the task.
-        model: The base model; None for the planted teacher.
-        data: The rows; None for the planted teacher.
-        teacher: The planted teacher; None for a model.
-        train: Keywords of ``transformers.TrainingArguments``.
-        forgetting: What is measured before and after; None for nothing.
-        written: The task as JSON, as it was written: paths relative, so that it identifies the
-            task on every machine.
-    """
-
-    name: str
-    model: ModelSpec | None
-    data: DataSpec | None
-    teacher: TeacherSpec | None
-    train: Table
-    forgetting: ForgettingSpec | None
-    written: str
 
 
 class AblationSpec(Spec):
@@ -187,7 +142,7 @@ class AblationSpec(Spec):
         methods: Names of methods, built in or declared in ``[method.NAME]``.
         budgets: The budgets.
         tasks: The tasks.
-        seeds: Number of seeds (0, 1, ...), or the seeds.
+        seeds: The seeds.
         judge: The metric that comparisons are about.
         compare: Pairs of methods, ours first; declared before anything has run.
         interaction: Four methods: neither, only the first part, only the second, both.
@@ -228,7 +183,7 @@ class AblationSpec(Spec):
 
     def seeds_of(self, budget: BudgetPoint) -> tuple[int, ...]:
         """Return the seeds that are reported at a budget."""
-        return self.seeds if budget.seeds is None else _list_seeds(budget.seeds)
+        return self.seeds if budget.seeds is None else budget.seeds
 
     def variant(self, method: str) -> MethodSpec:
         """Return what a method is a variant of; itself if it was not declared."""
@@ -243,10 +198,10 @@ class _Document(Spec):
     methods: Annotated[list[Name], Field(min_length=1)] = Field(
         description="list the methods; `rankflow ablate --list` names them"
     )
-    budgets: Annotated[list[float | Table], Field(min_length=1)] = Field(
+    budgets: Annotated[list[Any], Field(min_length=1)] = Field(
         description="list ranks, or tables such as { rank = 4, seeds = 5 }"
     )
-    seeds: PositiveInt | list[NonNegativeInt] = 5
+    seeds: Seeds = (0, 1, 2, 3, 4)
     judge: Metric = "nll"
     compare: list[Annotated[list[Name], Field(min_length=2, max_length=2)]] = Field(
         default_factory=list
@@ -267,6 +222,24 @@ class _Document(Spec):
     forgetting: Table = Field(default_factory=dict)
     teacher: Table = Field(default_factory=dict)
 
+    def contradictions(self) -> Iterator[Fault]:
+        """Faults between keys that are sound by themselves."""
+        pairs = [("compare", pair) for pair in self.compare]
+        for key, group in [*pairs, ("interaction", self.interaction or [])]:
+            for method in group:
+                if method not in self.methods:
+                    yield Fault(
+                        {key: group, "methods": self.methods},
+                        f"{key} names a method that is not run; {suggest(method, self.methods)}",
+                    )
+            if len(set(group)) < len(group):
+                yield Fault({key: group}, "names a method twice")
+        for name, table in self.method.items():
+            if name not in self.methods:
+                yield Fault(
+                    {"method": {name: table}, "methods": self.methods}, "is declared and not run"
+                )
+
 
 def load_ablation(
     path: str | Path, overrides: Sequence[str] = (), folder: Path | None = None
@@ -275,42 +248,42 @@ def load_ablation(
 
     Args:
         path: A TOML file.
-        overrides: Texts such as ``train.max_steps=20``; values are TOML, or else strings.
+        overrides: Texts such as ``train.max_steps=20``; values are TOML, or else strings. A source
+            of the data replaces the other source.
         folder: Where relative paths of data and models start; None for the spec's folder.
 
     Raises:
         SpecError: Anything is wrong with it; all faults are listed.
     """
     path = Path(path)
-    content, faults = apply_overrides({"name": path.stem} | read_toml(path), overrides, {})
+    written = {"name": path.stem} | read_toml(path)
+    content, faults = apply_overrides(written, overrides, {"data": SOURCES})
     document, found = check(_Document, content)
     faults += found
-    source = f"ablation {str(path)!r}{' with overrides' if overrides else ''}"
-    if document is None:
-        raise_faults(source, faults)
-        raise AssertionError("a document without faults is a document")
-    adapter, found = check_adapter_table(document.adapter)
-    faults += [fault.under("adapter") for fault in found]
-    tuning, found = check(TuningSpec, document.tuning)
+    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    adapter, found = check_adapter_table(tables.get("adapter", {}))
+    faults += [fault.under("adapter") for fault in [*found, *_adapter_faults(adapter)]]
+    tuning, found = check(TuningSpec, tables.get("tuning", {}))
     faults += [fault.under("tuning") for fault in found]
-    budgets = _check_all(BudgetPoint, _budget_tables(document.budgets), "budgets", faults)
-    variants = _check_all(MethodSpec, document.method, "method", faults)
-    tasks = [
-        _check_task(name, table, document, folder or path.parent, faults)
-        for name, table in document.tasks.items()
-    ]
-    faults += _comparison_faults(document)
-    raise_faults(source, faults)
+    variants = _check_all(MethodSpec, tables.get("method", {}), "method", faults)
+    budgets = _check_budgets(content.get("budgets"), faults)
+    tasks, found = check_tasks(content, folder or path.parent)
+    faults += found
+    faults += _judge_faults(content.get("judge", "nll"), tasks)
+    if document is not None and tuning is not None:
+        faults += _seed_faults(document.seeds, budgets, tuning)
+    raise_faults(f"ablation {str(path)!r}{' with overrides' if overrides else ''}", faults)
+    assert document is not None
     assert tuning is not None
     return AblationSpec(
         name=document.name,
         description=document.description,
         methods=tuple(dict.fromkeys(document.methods)),
-        budgets=tuple(budgets.values()),
-        tasks=tuple(task for task in tasks if task is not None),
-        seeds=_list_seeds(document.seeds),
+        budgets=budgets,
+        tasks=tasks,
+        seeds=document.seeds,
         judge=document.judge,
-        compare=tuple((ours, theirs) for ours, theirs in document.compare),
+        compare=tuple(dict.fromkeys((ours, theirs) for ours, theirs in document.compare)),
         interaction=tuple(document.interaction) if document.interaction else None,
         margin=document.margin,
         alpha=document.alpha,
@@ -328,22 +301,31 @@ def digest_of(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _list_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    return tuple(range(seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
-
-
-def _budget_tables(budgets: Sequence[float | Table]) -> dict[str, Table]:
-    return {
-        str(index): budget if isinstance(budget, dict) else {"rank": float(budget)}
-        for index, budget in enumerate(budgets)
-    }
+def _check_budgets(written: object, faults: list[Fault]) -> tuple[BudgetPoint, ...]:
+    """Check ranks and tables; whatever else a document says is reported as a budget's fault."""
+    tables: dict[str, Table] = {}
+    for index, budget in enumerate(written if isinstance(written, list) else []):
+        is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
+        if is_number or isinstance(budget, dict):
+            tables[str(index)] = {"rank": float(budget)} if is_number else budget
+        else:
+            remedy = "must be a rank, or a table such as { rank = 4, seeds = 5 }"
+            faults.append(Fault({f"budgets.{index}": budget}, remedy))
+    budgets = _check_all(BudgetPoint, tables, "budgets", faults)
+    labels = [budget.label for budget in budgets.values()]
+    for label in dict.fromkeys(labels):
+        if labels.count(label) > 1:
+            faults.append(Fault({"budgets": written}, f"{label} is there twice; keep one of them"))
+    return tuple(budgets.values())
 
 
 def _check_all(
-    model: type[SpecT], tables: Mapping[str, Table], above: str, faults: list[Fault]
+    model: type[SpecT], tables: Mapping[str, Any], above: str, faults: list[Fault]
 ) -> dict[str, SpecT]:
     specs = {}
     for name, table in tables.items():
+        if not isinstance(table, dict):
+            continue  # the document's own fault
         spec, found = check(model, table)
         faults += [fault.under(dotted(above, name)) for fault in found]
         if spec is not None:
@@ -351,61 +333,28 @@ def _check_all(
     return specs
 
 
-def _check_task(
-    name: str, table: Table, document: _Document, folder: Path, faults: list[Fault]
-) -> TaskSpec | None:
-    above = dotted("tasks", name)
-    unknown = [key for key in table if key not in SHARED]
-    faults += [
-        Fault({f"{above}.{key}": table[key]}, f"unknown key; {suggest(key, SHARED)}")
-        for key in unknown
-    ]
-    written = {key: _merge(key, getattr(document, key), table.get(key, {})) for key in SHARED}
-    is_planted = "teacher" in table
-    if is_planted:
-        written |= {"model": {}, "data": {}, "forgetting": {}}
-    tables = resolve_paths(written, folder)
-    found: list[Fault] = []
-    sections: dict[str, Any] = dict.fromkeys(("model", "data", "teacher", "forgetting"))
-    chosen: dict[str, type[Spec]] = (
-        {"teacher": TeacherSpec} if is_planted else {"model": ModelSpec, "data": DataSpec}
-    )
-    if tables["forgetting"]:
-        chosen["forgetting"] = ForgettingSpec
-    for key, spec in chosen.items():
-        sections[key], wrong = check(spec, tables[key])
-        found += [fault.under(key) for fault in wrong]
-    found += [fault.under("train") for fault in check_train(tables["train"])]
-    found += check_columns(tables)
-    faults += [fault.under(above) for fault in found]
-    if found:
-        return None
-    return TaskSpec(
-        name=name, train=tables["train"], written=json.dumps(written, sort_keys=True), **sections
-    )
+def _adapter_faults(adapter: Table) -> Iterator[Fault]:
+    for key, method in (("use_dora", "dora"), ("use_rslora", "rslora")):
+        if key in adapter:
+            yield Fault({key: adapter[key]}, f"is decided by the method; list '{method}' instead")
 
 
-def _merge(key: str, shared: Table, own: Table) -> Table:
-    """A task's table over the shared one; a source of data replaces the other source."""
-    if key == "data" and any(source in own for source in _SOURCES):
-        shared = {key: value for key, value in shared.items() if key not in _SOURCES}
-    return shared | own
-
-
-def _comparison_faults(document: _Document) -> Iterator[Fault]:
-    for pair in document.compare:
-        for method in pair:
-            if method not in document.methods:
-                yield Fault(
-                    {"compare": pair},
-                    f"compares a method that is not run; {suggest(method, document.methods)}",
-                )
-    for method in document.interaction or ():
-        if method not in document.methods:
+def _judge_faults(judge: object, tasks: Sequence[TaskSpec]) -> Iterator[Fault]:
+    for task in tasks:
+        if judge in HIGHER_IS_BETTER and judge not in task.metrics:
             yield Fault(
-                {"interaction": document.interaction},
-                f"needs a method that is not run; {suggest(method, document.methods)}",
+                {"judge": judge},
+                f"the task '{task.name}' measures {' and '.join(task.metrics)}; judge one that all "
+                "tasks have",
             )
-    for name in document.method:
-        if name not in document.methods:
-            yield Fault({dotted("method", name): document.method[name]}, "is declared and not run")
+
+
+def _seed_faults(
+    seeds: Sequence[int], budgets: Sequence[BudgetPoint], tuning: TuningSpec
+) -> Iterator[Fault]:
+    reported = {*seeds, *(seed for budget in budgets for seed in budget.seeds or ())}
+    if tuning.enabled and not reported.isdisjoint(tuning.seeds):
+        yield Fault(
+            {"tuning.seeds": tuning.seeds, "seeds": sorted(reported)},
+            "no seed may be both tuned with and reported; choose other seeds for tuning",
+        )

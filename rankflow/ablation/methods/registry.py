@@ -14,8 +14,8 @@ from rankflow.ablation.methods.peft_tuners import TUNERS
 from rankflow.ablation.methods.prompts import PROMPTS
 from rankflow.ablation.methods.steered import Steered
 from rankflow.errors import SpecError
-from rankflow.specs.ablation import MethodSpec
-from rankflow.specs.reading import suggest
+from rankflow.specs.ablation import AblationSpec, MethodSpec
+from rankflow.specs.reading import Fault, raise_faults, suggest
 
 LORA: Final = "LoRA, arXiv 2106.09685"
 DORA: Final = "weight-decomposed DoRA, arXiv 2402.09353"
@@ -95,6 +95,21 @@ METHODS: Final[Mapping[str, Method]] = {
 """The rows by name; the first of them are the field's, then ours, then controls."""
 
 
+def check_methods(spec: AblationSpec) -> None:
+    """Check that all methods of an ablation are there, and can be varied as it declares.
+
+    Raises:
+        SpecError: One is not; all faults are listed.
+    """
+    faults = []
+    for name in spec.methods:
+        try:
+            faults += _source_faults(spec, name)
+        except SpecError as error:
+            faults.append(Fault({"method": name}, str(error)))
+    raise_faults(f"the methods of ablation '{spec.name}'", faults)
+
+
 def find_method(variant: MethodSpec) -> Method:
     """Return the row that a spec names, varied as the spec declares.
 
@@ -103,25 +118,42 @@ def find_method(variant: MethodSpec) -> Method:
     """
     if variant.like not in METHODS:
         raise SpecError(
-            f"no method is called '{variant.like}'; {suggest(variant.like, METHODS)} The methods "
-            f"are {', '.join(METHODS)}"
+            f"no method is called '{variant.like}'; {suggest(variant.like, METHODS)} "
+            "`rankflow ablate --list` names them all"
         )
     method = METHODS[variant.like]
     if isinstance(method, Steered):
         if variant.config:
             raise SpecError(
-                f"[method] config = {variant.config}: '{variant.like}' is steered by a budget; "
-                "set budget, or the ablation's [adapter]"
+                f"config = {variant.config}: '{variant.like}' is steered by a budget; set budget, "
+                "or the ablation's [adapter]"
             )
         return method.varied(variant)
-    alien = {"budget": variant.budget, "use_dora": variant.use_dora, "follows": variant.follows}
-    wrong = {key: value for key, value in alien.items() if value}
-    if wrong:
-        raise SpecError(
-            f"[method] {wrong}: '{variant.like}' has no RankFlow budget; set config instead"
-        )
+    steered = variant.model_dump(include={"budget", "use_dora", "factor", "follows"})
+    alien = {key: value for key, value in steered.items() if value not in (None, {})}
+    if alien:
+        raise SpecError(f"{alien}: '{variant.like}' has no RankFlow budget; set config instead")
     return (
         method
         if variant.rate is None
         else dataclasses.replace(cast(Any, method), rate=variant.rate)
     )
+
+
+def _source_faults(spec: AblationSpec, name: str) -> list[Fault]:
+    """Return what is wrong with the budget of a method, and with the runs that it retrains."""
+    passed = [name]
+    method = find_method(spec.variant(name))
+    while isinstance(method, Steered):
+        method.budget(parameters=2, seed=0)
+        source = method.follows
+        if source is None:
+            break
+        if source in passed:
+            return [Fault({"method": name}, f"retrains its own ranks, by {' -> '.join(passed)}")]
+        if source not in spec.methods:
+            remedy = f"retrains the ranks of '{source}', which is not run; add it to methods"
+            return [Fault({"method": passed[-1]}, remedy)]
+        passed.append(source)
+        method = find_method(spec.variant(source))
+    return []
