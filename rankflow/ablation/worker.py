@@ -104,10 +104,14 @@ class CellRunner:
             model=workload.model,
             adapter={**self.spec.adapter, "lora_alpha": alpha * cell.scaling},
             parameters=parameters,
-            rank=parameters / self._rank_cost(task.name),
             steps=count_steps(workload.rows(cell.training_seed), arguments),
             seed=cell.training_seed,
             options=self.spec.variant(cell.method).config,
+            rank=parameters / self._rank_cost(task.name),
+            max_length=max(
+                (part.max_length for part in (task.data, task.forgetting) if part is not None),
+                default=0,
+            ),
             learned=learned,
         )
 

@@ -51,9 +51,11 @@ class HostCase:
     labels: tuple[int, ...]  # shape
     spec: ModelSpec
 
-    def setting(self, parameters=1000, steps=10, options=None, **adapter):
+    def setting(self, parameters=1000, steps=10, options=None, max_length=6, **adapter):
         adapter = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **adapter}
-        return Setting(self.spec, adapter, parameters, steps, 0, options or {})
+        return Setting(
+            self.spec, adapter, parameters, steps, 0, options or {}, max_length=max_length
+        )
 
     def base(self, dtype=torch.float32):
         torch.manual_seed(0)
