@@ -155,7 +155,11 @@ def ablate(
         str, typer.Option(help="Folder or URL of the results, which all ablations can share.")
     ] = "ablations",
     report: Annotated[
-        Path | None, typer.Option(help="Folder of the report; by default OUT/<name of the spec>.")
+        Path | None,
+        typer.Option(
+            help="Folder of the report; by default OUT/<name of the spec>, or, where OUT is a URL, "
+            "ablations/<name of the spec>."
+        ),
     ] = None,
     executor: Annotated[
         Literal["processes", "here", "ray"], typer.Option(help="Where cells run.")
@@ -191,7 +195,7 @@ def ablate(
     console = Console()
     ablation = Ablation(loaded, Store(out), only)
     ablation.load(retry=retry)
-    folder = report or Path(out) / loaded.name
+    folder = report or Path("ablations" if "://" in out else out) / loaded.name
     if dry_run:
         print_plan(ablation, console)
     elif report_only:

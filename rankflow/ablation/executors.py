@@ -86,10 +86,15 @@ class ProcessExecutor:
         return len(self._slots) - len(self._running)
 
     def start(self, order: Order) -> None:
-        """Hand the order to an idle process."""
+        """Hand the order to an idle process; one that died since its last order is replaced."""
         busy = {slot for slot, _ in self._running.values()}
         slot = next(slot for slot in range(len(self._slots)) if slot not in busy)
-        self._running[self._slots[slot].submit(_run, order)] = (slot, order)
+        try:
+            future = self._slots[slot].submit(_run, order)
+        except BrokenProcessPool:
+            self._slots[slot] = self._make(slot)
+            future = self._slots[slot].submit(_run, order)
+        self._running[future] = (slot, order)
 
     def collect(self) -> list[tuple[Order, CellResult | BaseException]]:
         """Wait for a process; one that died is replaced."""

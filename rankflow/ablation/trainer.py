@@ -1,7 +1,8 @@
 """The Trainer of a cell: any method, with a learning rate of its own for the task head."""
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from rankflow.checkpoint import load_state
 from rankflow.integrations.huggingface import RankFlowCallback
 from rankflow.training.pooling import TokenPooling
 from rankflow.training.trainer import pooled_loss
+
+_CHECKPOINT: Final = "checkpoint-"
+_MARK: Final = "whole"
 
 
 class StepClock(TrainerCallback):
@@ -29,6 +33,16 @@ class StepClock(TrainerCallback):
         self.steps = 0
         self._began: tuple[float, float] = (0.0, 0.0)
 
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Wall time of a step; None if no step was left to take."""
+        return self.wall / self.steps if self.steps else None
+
+    @property
+    def cpu_seconds_per_step(self) -> float | None:
+        """Processor time of a step; None if no step was left to take."""
+        return self.cpu / self.steps if self.steps else None
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -44,6 +58,23 @@ class StepClock(TrainerCallback):
         self.wall += time.perf_counter() - self._began[0]
         self.cpu += time.process_time() - self._began[1]
         self.steps += 1
+
+
+class WholeMark(TrainerCallback):
+    """Marks checkpoints that are complete: a kill leaves one that only looks so."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Mark the checkpoint that was just written."""
+        (Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}" / _MARK).touch()
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint in a folder; None where there is none."""
+    marks = folder.glob(f"{_CHECKPOINT}*/{_MARK}")
+    steps = [int(mark.parent.name.removeprefix(_CHECKPOINT)) for mark in marks]
+    return str(folder / f"{_CHECKPOINT}{max(steps)}") if steps else None
 
 
 class CellTrainer(Trainer):
@@ -86,7 +117,8 @@ class CellTrainer(Trainer):
         for callback in built.callbacks:
             self.add_callback(callback)
         self.clock = StepClock()
-        self.add_callback(self.clock)  # last, so that it times the others
+        self.add_callback(self.clock)  # after those whose work it times
+        self.add_callback(WholeMark())  # last: until then a checkpoint lacks something
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Give the head a learning rate of its own; nothing decays but by ``weight_decay``."""

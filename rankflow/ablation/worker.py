@@ -2,14 +2,15 @@
 
 import gc
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from rankflow.ablation.measures.latency import measure_latency
 from rankflow.ablation.measures.memory import measure_peak_bytes
@@ -24,7 +25,7 @@ from rankflow.ablation.records import (
     RankMoment,
 )
 from rankflow.ablation.sizing import choose_size, count_trainable
-from rankflow.ablation.trainer import CellTrainer, is_head
+from rankflow.ablation.trainer import CellTrainer, is_head, last_whole_checkpoint
 from rankflow.ablation.workload import Autocast, Workload, autocast_of, open_workload
 from rankflow.engine import RankFlow
 from rankflow.errors import BudgetError
@@ -44,7 +45,8 @@ class Order:
         cell: The cell.
         learned: The ranks that it retrains; None for most methods.
         is_measured: Whether latency and memory are measured too.
-        folder: Where it may keep checkpoints, to go on from after a kill; None for nowhere.
+        folder: Where it keeps the checkpoints that ``[train]`` asks for, to go on from after a
+            kill; None for a temporary folder.
     """
 
     cell: Cell
@@ -74,8 +76,8 @@ class CellRunner:
         method = find_method(self.spec.variant(cell.method))
         digest = digest_cell(self.spec, cell)
         try:
-            with quiet_libraries():
-                return self._run(order, method, digest)
+            with quiet_libraries(), _workplace(order.folder) as folder:
+                return self._run(order, method, digest, Path(folder))
         except (UnsupportedError, BudgetError) as error:
             return CellResult(cell, "unsupported", trace(digest), reason=str(error))
         except Exception as error:  # one cell must not stop the others
@@ -121,7 +123,7 @@ class CellRunner:
             self._workloads[task] = open_workload(self.spec.task(task))
         return self._workloads[task]
 
-    def _run(self, order: Order, method: Method, digest: str) -> CellResult:
+    def _run(self, order: Order, method: Method, digest: str, folder: Path) -> CellResult:
         cell = order.cell
         workload = self.workload(cell.task)
         setting = self.setting_of(cell, order.learned)
@@ -131,7 +133,6 @@ class CellRunner:
         set_seed(cell.training_seed)  # a new head and the adapter are drawn at random
         base = workload.load_base(cell.training_seed, quantised=method.quantised)
         head = base.full_modules
-        folder = order.folder or Path("unused")
         arguments = self._arguments(cell, folder)
         base.model.to(arguments.device)
         set_seed(cell.training_seed)  # the adapter is the same whatever the head took
@@ -147,7 +148,8 @@ class CellRunner:
         )
         trainer.remove_callback(PrinterCallback)
         trained, head_parameters = count_trainable(built.model, head)
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        # The state of a method's own callbacks, such as AdaLoRA's scores, is in no checkpoint.
+        checkpoint = None if built.callbacks else last_whole_checkpoint(folder)
         trainer.train(resume_from_checkpoint=checkpoint)
         flow = trainer.steering.flow if trainer.steering is not None else None
         peak = trained if flow is None else _peak(flow)
@@ -169,8 +171,8 @@ class CellRunner:
             parameters=Parameters(
                 setting.parameters, final, peak, _stored(built, head), head_parameters, size
             ),
-            seconds_per_step=clock.wall / clock.steps,
-            cpu_seconds_per_step=clock.cpu / clock.steps,
+            seconds_per_step=clock.seconds_per_step,
+            cpu_seconds_per_step=clock.cpu_seconds_per_step,
             ranks=ranks,
         )
         if cell.split == "test":
@@ -224,6 +226,10 @@ class CellRunner:
             model = add_adapter(base, workload.model, {**self.spec.adapter, "r": 1})
             self._rank_costs[task] = count_trainable(model, head)[0]
         return self._rank_costs[task]
+
+
+def _workplace(folder: Path | None) -> AbstractContextManager[str | Path]:
+    return TemporaryDirectory() if folder is None else nullcontext(folder)
 
 
 def history_of(flow: RankFlow) -> RankHistory:

@@ -89,7 +89,10 @@ class TaskSpec(Spec):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what is measured, any of which can be judged."""
-        return ("excess",) if self.model is None else _METRICS[self.model.task]
+        if self.model is None:
+            return ("excess",)
+        has_targets = self.data is not None and self.data.target is not None
+        return _METRICS[self.model.task] + (("accuracy",) if has_targets else ())
 
 
 def check_tasks(
