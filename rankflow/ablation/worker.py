@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
@@ -72,6 +73,7 @@ class CellRunner:
     def run(self, order: Order) -> CellResult:
         """Run a cell; whatever goes wrong in it is its result."""
         torch.set_num_threads(self.threads)
+        AcceleratorState._reset_state(reset_partial_state=True)  # the last task's precision
         cell = order.cell
         method = find_method(self.spec.variant(cell.method))
         digest = digest_cell(self.spec, cell)

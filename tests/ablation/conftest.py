@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     BertConfig,
@@ -85,6 +86,12 @@ HOSTS = {
         lambda: LlamaForCausalLM(LLAMA), (), (4, 6), ModelSpec(name="minilm", task="causal-lm")
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Let each test's Trainers choose their precision, which accelerate keeps for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(params=HOSTS.values(), ids=HOSTS.keys())
