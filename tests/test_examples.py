@@ -3,8 +3,6 @@
 import runpy
 from pathlib import Path
 
-import pytest
-
 from rankflow.specs.run import load_run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -31,11 +29,17 @@ def test_the_callback_prunes_a_trainers_model_to_its_budget(capsys):
     assert spent <= limit
 
 
-@pytest.mark.parametrize(
-    "path", sorted(EXAMPLES.rglob("*.toml")), ids=lambda path: path.parent.name
-)
-def test_every_run_spec_loads(path):
-    assert load_run(path).budget.target
+def test_the_quickstarts_run_spec_loads():
+    assert load_run(EXAMPLES / "quickstart" / "run.toml").budget.target
+
+
+def test_the_picture_shows_what_is_needed_and_every_method(monkeypatch, tmp_path, capsys):
+    picture = runpy.run_path(str(EXAMPLES / "hybrid_picture.py"))
+    monkeypatch.setitem(picture["train"].__globals__, "STEPS", 20)
+    picture["main"](str(tmp_path / "hybrid.png"))
+    assert (tmp_path / "hybrid.png").read_bytes().startswith(b"\x89PNG")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(picture["METHODS"])
 
 
 def test_no_example_is_longer_than_120_lines():

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
@@ -73,6 +74,7 @@ class CellRunner:
     def run(self, order: Order) -> CellResult:
         """Run a cell; whatever goes wrong in it is its result."""
         torch.set_num_threads(self.threads)
+        AcceleratorState._reset_state(reset_partial_state=True)  # the last task's precision
         cell = order.cell
         method = find_method(self.spec.variant(cell.method))
         digest = digest_cell(self.spec, cell)
@@ -107,10 +109,14 @@ class CellRunner:
             model=workload.model,
             adapter={**self.spec.adapter, "lora_alpha": alpha * cell.scaling},
             parameters=parameters,
-            rank=parameters / self._rank_cost(task.name),
             steps=count_steps(workload.rows(cell.training_seed), arguments),
             seed=cell.training_seed,
             options=self.spec.variant(cell.method).config,
+            rank=parameters / self._rank_cost(task.name),
+            max_length=max(
+                (part.max_length for part in (task.data, task.forgetting) if part is not None),
+                default=0,
+            ),
             learned=learned,
         )
 

@@ -24,6 +24,7 @@ from rankflow.ablation.measures.general_data import (
     load_texts,
 )
 from rankflow.ablation.measures.modes import evaluating
+from rankflow.ablation.methods.method import UnsupportedError
 from rankflow.ablation.planted import (
     Design,
     PlantedModel,
@@ -283,7 +284,13 @@ class PlantedWorkload:
         return PlantedRows(plant(seed, self._design), range(self.teacher.rows))
 
     def load_base(self, seed: int, *, quantised: bool) -> BaseModel:
-        """Return the seed's layers before they have learned anything."""
+        """Return the seed's layers before they have learned anything.
+
+        Raises:
+            UnsupportedError: They are to be in 4 bits.
+        """
+        if quantised:
+            raise UnsupportedError("the planted teacher's layers are not stored in 4 bits")
         return BaseModel(PlantedModel(plant(seed, self._design)), None, (), ())
 
     def build_meta(self) -> BaseModel:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     BertConfig,
@@ -51,9 +52,11 @@ class HostCase:
     labels: tuple[int, ...]  # shape
     spec: ModelSpec
 
-    def setting(self, parameters=1000, steps=10, options=None, **adapter):
+    def setting(self, parameters=1000, steps=10, options=None, max_length=6, **adapter):
         adapter = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **adapter}
-        return Setting(self.spec, adapter, parameters, steps, 0, options or {})
+        return Setting(
+            self.spec, adapter, parameters, steps, 0, options or {}, max_length=max_length
+        )
 
     def base(self, dtype=torch.float32):
         torch.manual_seed(0)
@@ -83,6 +86,12 @@ HOSTS = {
         lambda: LlamaForCausalLM(LLAMA), (), (4, 6), ModelSpec(name="minilm", task="causal-lm")
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Let each test's Trainers choose their precision, which accelerate keeps for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(params=HOSTS.values(), ids=HOSTS.keys())

@@ -21,7 +21,6 @@ ROWS = {
     "adalora": AdaloraMethod(),
     "bottleneck": BottleneckAdapters(),
 }
-LENGTH = {"max_length": 6}
 
 
 def make_meta(case):
@@ -44,7 +43,7 @@ def count(method, case, setting, size):
 @pytest.mark.parametrize("name", ROWS)
 def test_the_size_is_the_best_of_all_sizes_for_every_budget(host_case, name):
     method = ROWS[name]
-    setting = host_case.setting(options=LENGTH)
+    setting = host_case.setting()
     sizes = method.sizes(host_case.base(), setting)[:10]
     counts = [count(method, host_case, setting, size) for size in sizes]
     assert counts == sorted(counts)
@@ -52,7 +51,7 @@ def test_the_size_is_the_best_of_all_sizes_for_every_budget(host_case, name):
     for budget in (counts[0] - 1, counts[middle], counts[middle + 1] - 1, counts[-2] + 1):
         covered = [i for i, parameters in enumerate(counts) if parameters <= budget]
         best = covered[-1] if covered else 0
-        setting = host_case.setting(parameters=budget, options=LENGTH)
+        setting = host_case.setting(parameters=budget)
         found = choose_size(method, lambda: make_meta(host_case), setting)
         assert found == Sized(sizes[best], counts[best]), budget
 
@@ -136,7 +135,7 @@ def test_a_head_is_counted_apart_however_peft_wraps_it(host_cases):
     head = 16 * 16 + 16 + 3 * 16 + 3
     for name, size in (("vera", 6), ("prompt", 3), ("bottleneck", 2)):
         base = case.base()
-        built = ROWS[name].build(base, case.setting(options=LENGTH), size)
+        built = ROWS[name].build(base, case.setting(), size)
         everything = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
         adapter, counted = count_trainable(built.model, base.full_modules)
         assert (counted, adapter) == (head, everything - head), name

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from rankflow.ablation.methods.method import Built, Setting, UnsupportedError
 from rankflow.ablation.methods.preparing import freeze, hold_in_float32, lies_in
@@ -64,7 +65,8 @@ def _layers(base: BaseModel) -> list[Any]:
 
     What trains in full anyway is left out, and so is a language model's head.
     """
-    head = base.model.get_output_embeddings()
+    is_stock = isinstance(base.model, PreTrainedModel)  # others have no head of that name
+    head = base.model.get_output_embeddings() if is_stock else None
     layers = [
         module
         for name, module in base.model.named_modules()

@@ -27,20 +27,22 @@ class Setting:
         adapter: Keywords of ``peft.LoraConfig``; other methods take ``target_modules`` from it,
             and what else they have in common with LoRA.
         parameters: The budget: trainable parameters, a task head left out.
-        rank: The budget as the rank of plain LoRA.
         steps: Optimizer steps of the run.
         seed: Seed of the run.
         options: What the spec's ``[method.NAME]`` says beyond the declaration.
+        rank: The budget as the rank of plain LoRA.
+        max_length: Longest text that the model must have positions for, in tokens.
         learned: The ranks of the run that a control retrains; None for other methods.
     """
 
     model: ModelSpec | None
     adapter: Mapping[str, Any]
     parameters: int
-    rank: float
     steps: int
     seed: int
     options: Mapping[str, Any]
+    rank: float = 1.0
+    max_length: int = 128
     learned: RankHistory | None = None
 
 

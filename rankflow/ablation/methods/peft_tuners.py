@@ -21,9 +21,6 @@ from rankflow.training.adapter import task_type
 from rankflow.training.models import BaseModel
 from rankflow.training.quiet import quiet_libraries
 
-# What a spec says of a method goes to PEFT, all but this: the longest text, in tokens.
-LENGTH_OPTION: Final = "max_length"
-
 # VeRA computes with rank * (in + out) frozen numbers for every rank + out that it trains: at this
 # rank its two products cost 43 times as much as a square layer of MiniLM.
 _HIGHEST_VERA_RANK: Final = 8192
@@ -82,15 +79,14 @@ def make_config(
     Raises:
         SpecError: PEFT refuses it.
     """
-    said = {key: value for key, value in setting.options.items() if key != LENGTH_OPTION}
     shared = {
         "task_type": task_type(setting.model),
         "modules_to_save": full_modules(base, setting),
     }
     try:
-        return kind(**{**shared, **keywords, **said})
+        return kind(**{**shared, **keywords, **setting.options})
     except (TypeError, ValueError) as error:
-        raise SpecError(f"config = {said}: {error}") from error
+        raise SpecError(f"config = {dict(setting.options)}: {error}") from error
 
 
 def add_tuner(base: BaseModel, config: PeftConfig) -> PeftModel:

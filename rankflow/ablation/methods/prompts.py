@@ -2,7 +2,7 @@
 
 Both set learnt vectors before the text: prompt tuning before its embeddings, prefix tuning before
 the keys and values of every attention layer. The text moves back by as many positions, so a model
-needs positions for both; how many the text takes is the option ``max_length``.
+needs positions for both.
 """
 
 import inspect
@@ -13,22 +13,20 @@ from typing import Final
 from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig, PromptTuningInit
 
 from rankflow.ablation.methods.method import Method, Setting, UnsupportedError
-from rankflow.ablation.methods.peft_tuners import LENGTH_OPTION, PeftMethod, make_config
+from rankflow.ablation.methods.peft_tuners import PeftMethod, make_config
 from rankflow.training.models import BaseModel
 
-_USUAL_LENGTH: Final = 128  # tokens of a text
 _MOST_TOKENS: Final = 16384  # where the model does not say how many positions it has
 
 
 def _room(base: BaseModel, setting: Setting) -> range:
     """Return the numbers of virtual tokens that the positions leave room for."""
-    length = int(setting.options.get(LENGTH_OPTION, _USUAL_LENGTH))
     positions = getattr(base.model.config, "max_position_embeddings", None)
-    room = _MOST_TOKENS if positions is None else positions - length
+    room = _MOST_TOKENS if positions is None else positions - setting.max_length
     if room < 1:
         raise UnsupportedError(
-            f"the model has {positions} positions, and texts of max_length = {length} tokens leave "
-            "none for virtual tokens; set a smaller max_length in the method's table"
+            f"the model has {positions} positions, and texts of {setting.max_length} tokens leave "
+            "none for virtual tokens; set a smaller max_length in [data] and [forgetting]"
         )
     return range(1, room + 1)
 

@@ -7,15 +7,14 @@ forward, which equals PEFT's to rounding.
 
 import re
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
 
 from rankflow.ablation.methods.method import Built, Setting, UnsupportedError
+from rankflow.ablation.methods.peft_tuners import merge_copy
 from rankflow.ablation.methods.truncate import truncate
 from rankflow.ablation.records import RankHistory
 from rankflow.adapters.sites import find_sites
@@ -105,14 +104,17 @@ class Steered:
         if self.follows is not None:
             budget = _retrace(budget, setting.learned, self.follows)
         finish = partial(_truncate, model, setting.parameters) if self.truncates else None
-        return Built(model, budget=budget, finish=finish, merge=partial(_merge, model))
+        return Built(model, budget=budget, finish=finish, merge=partial(merge_copy, model))
 
     def _capacity(self, model: PeftModel) -> int:
         """Return all that VeRA's sites can train: gates of rows, and of random rows; else 0."""
         if not self.rows:
             return 0
         vectors = 1 + self.use_dora
-        return sum(vectors * site.out_features + self.rows for site in find_sites(model))
+        return sum(
+            vectors * site.out_features + min(self.rows, site.in_features, site.out_features)
+            for site in find_sites(model)
+        )
 
 
 def _retrace(budget: BudgetSpec, learned: RankHistory | None, source: str) -> BudgetSpec:
@@ -133,8 +135,3 @@ def _exactly(site: str) -> str:
 
 def _truncate(model: PeftModel, parameters: int) -> None:
     truncate(model, parameters)
-
-
-def _merge(model: PeftModel) -> nn.Module:
-    merged: nn.Module = deepcopy(model).merge_and_unload()
-    return merged

@@ -20,11 +20,9 @@ from rankflow.training.pooling import pool
 SITED = MappingProxyType({**TUNERS, "boft": BoftMethod(), "adalora": AdaloraMethod()})
 ROWS = MappingProxyType({**SITED, **PROMPTS})
 SIZES = {"vera": 6, "oft": 4, "boft": 4, "adalora": 20, "prompt": 3, "prefix": 3}
-LENGTH = {"max_length": 6}
 
 
 def build(name, case, dtype=torch.float32, size=None, **setting):
-    setting.setdefault("options", LENGTH)
     return ROWS[name].build(case.base(dtype), case.setting(**setting), size or SIZES[name])
 
 
@@ -126,7 +124,7 @@ def test_as_many_train_on_meta_as_in_memory(host_case, name):
     full = host_case.full_modules
     real = build(name, host_case)
     base = on_meta(host_case.base())
-    empty = ROWS[name].build(base, host_case.setting(options=LENGTH), SIZES[name])
+    empty = ROWS[name].build(base, host_case.setting(), SIZES[name])
     assert count_trainable(empty.model, full) == count_trainable(real.model, full)
     assert {p.device.type for p in empty.model.parameters() if p.requires_grad} == {"meta"}
 

@@ -17,12 +17,11 @@ from rankflow.ablation.methods.prompts import PROMPTS
 from rankflow.specs.run import ModelSpec
 from rankflow.training.models import BaseModel
 
-LENGTH = {"max_length": 6}
 VIRTUAL = 3
 
 
 def build(name, case, dtype=torch.float32):
-    return PROMPTS[name].build(case.base(dtype), case.setting(options=LENGTH), VIRTUAL).model
+    return PROMPTS[name].build(case.base(dtype), case.setting(), VIRTUAL).model
 
 
 def padded(case):
@@ -114,21 +113,21 @@ def test_a_prefix_stands_before_the_keys_and_values_of_every_layer():
 
 
 def make_setting(spec, **options):
-    return Setting(spec, {"target_modules": "all-linear"}, 100, 10, 0, LENGTH | options)
+    return Setting(spec, {"target_modules": "all-linear"}, 100, 10, 0, options, max_length=6)
 
 
 def test_the_text_keeps_its_positions(host_cases):
     for name, method in PROMPTS.items():
         case = host_cases["token classifier"]  # 16 positions
-        assert method.sizes(case.base(), case.setting(options=LENGTH)) == range(1, 11), name
+        assert method.sizes(case.base(), case.setting()) == range(1, 11), name
         with pytest.raises(UnsupportedError, match="16 positions"):
-            method.sizes(case.base(), case.setting(options={"max_length": 16}))
+            method.sizes(case.base(), case.setting(max_length=16))
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_as_many_virtual_tokens_as_there_are_sizes_fit(host_cases, name):
     case = host_cases["token classifier"]
-    setting = case.setting(options=LENGTH)
+    setting = case.setting()
     largest = PROMPTS[name].sizes(case.base(), setting)[-1]
     model = PROMPTS[name].build(case.base(), setting, largest).model
     model(**padded(case))

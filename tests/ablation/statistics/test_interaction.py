@@ -41,7 +41,7 @@ def test_the_interaction_is_what_together_adds(make_table):
 
 def test_it_is_the_t_interval_of_the_contrasts(make_table):
     scores = _scores(extra=0.1, noise=0.2, tasks=("x",))
-    found = interact(make_table(scores), **ROLES)
+    found = interact(make_table(scores), kind="student", **ROLES)
     lora, dora, dynamic, hybrid = (
         np.array(scores[m]["x"]) for m in ("lora", "dora", "dynamic", "hybrid")
     )
