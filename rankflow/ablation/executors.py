@@ -4,8 +4,10 @@ All executors hand the same orders to the same `CellRunner` and bring back the s
 differ in who waits for whom. A worker that dies takes one cell with it.
 """
 
+import gc
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -110,10 +112,12 @@ class ProcessExecutor:
         return ended
 
     def close(self) -> None:
-        """Stop the processes, also in the middle of a cell."""
-        for pool in self._slots:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
+        """Let idle processes end, and stop those in the middle of a cell."""
+        busy = {slot for slot, _ in self._running.values()}
+        for slot, pool in enumerate(self._slots):
+            if slot in busy:
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -185,7 +189,9 @@ def _start_process(spec: AblationSpec, threads: int, slot: int) -> ProcessPoolEx
 
 
 def _set_up(spec: AblationSpec, threads: int, gpu: int | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, the parent stops its workers
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
+    gc.freeze()  # what the imports made stays: collecting after each cell need not look at it
     if gpu is not None:
         torch.cuda.set_device(gpu)
     _RUNNERS.append(CellRunner(spec, threads))

@@ -164,7 +164,7 @@ class CellResult:
             where training diverged.
         parameters: What was trained.
         seconds_per_step: Wall time of an optimizer step (mean over those since the run last
-            began); None if a killed run had no step left.
+            began).
         cpu_seconds_per_step: The same in CPU time of the process.
         peak_bytes: Most bytes of one training step's tensors, weights and optimizer state left
             out; None if it was not measured.

@@ -33,16 +33,6 @@ class StepClock(TrainerCallback):
         self.steps = 0
         self._began: tuple[float, float] = (0.0, 0.0)
 
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Wall time of a step; None if no step was left to take."""
-        return self.wall / self.steps if self.steps else None
-
-    @property
-    def cpu_seconds_per_step(self) -> float | None:
-        """Processor time of a step; None if no step was left to take."""
-        return self.cpu / self.steps if self.steps else None
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -70,11 +60,19 @@ class WholeMark(TrainerCallback):
         (Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}" / _MARK).touch()
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint in a folder; None where there is none."""
+def last_whole_checkpoint(folder: Path, steps: int) -> str | None:
+    """Return the newest complete checkpoint from which a step is left; None if none is there.
+
+    From a checkpoint of its last step transformers' Trainer takes one step more than it should.
+
+    Args:
+        folder: Where the run keeps its checkpoints.
+        steps: Optimizer steps of the whole run.
+    """
     marks = folder.glob(f"{_CHECKPOINT}*/{_MARK}")
-    steps = [int(mark.parent.name.removeprefix(_CHECKPOINT)) for mark in marks]
-    return str(folder / f"{_CHECKPOINT}{max(steps)}") if steps else None
+    taken = [int(mark.parent.name.removeprefix(_CHECKPOINT)) for mark in marks]
+    last = max((step for step in taken if step < steps), default=None)
+    return None if last is None else str(folder / f"{_CHECKPOINT}{last}")
 
 
 class CellTrainer(Trainer):

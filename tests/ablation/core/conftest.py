@@ -1,5 +1,6 @@
 """Ablations that run in moments: the planted teacher for a few steps, and tiny models of text."""
 
+import gc
 import importlib.util
 import json
 from pathlib import Path
@@ -68,6 +69,14 @@ name = "bert"
 task = "sequence-classification"
 pooling = "mean"
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_collection():
+    """Spare every cell's garbage collection all that the imports made."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
