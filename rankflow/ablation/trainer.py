@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from rankflow.ablation.methods.method import Built
 from rankflow.checkpoint import load_state
+from rankflow.engine import RankFlow
 from rankflow.integrations.huggingface import RankFlowCallback
 from rankflow.training.pooling import TokenPooling
 from rankflow.training.trainer import pooled_loss
@@ -117,6 +118,11 @@ class CellTrainer(Trainer):
         self.clock = StepClock()
         self.add_callback(self.clock)  # after those whose work it times
         self.add_callback(WholeMark())  # last: until then a checkpoint lacks something
+
+    @property
+    def flow(self) -> RankFlow | None:
+        """The engine; None before training, and for methods without a budget."""
+        return None if self.steering is None else self.steering.flow
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Give the head a learning rate of its own; nothing decays but by ``weight_decay``."""

@@ -133,11 +133,11 @@ class CellRunner:
         size = None
         if method.size_name:
             size = choose_size(method, workload.build_meta, setting).size
-        set_seed(cell.training_seed)  # a new head and the adapter are drawn at random
-        base = workload.load_base(cell.training_seed, quantised=method.quantised)
-        head = base.full_modules
         arguments = self._arguments(cell, folder)
+        set_seed(cell.training_seed)  # a new head is drawn at random
+        base = workload.load_base(cell.training_seed, quantised=method.quantised)
         base.model.to(arguments.device)
+        head = base.full_modules
         set_seed(cell.training_seed)  # the adapter is the same whatever the head took
         built = method.build(base, setting, size)
         trainer = CellTrainer(
@@ -150,32 +150,22 @@ class CellRunner:
             data_collator=workload.collate,
         )
         trainer.remove_callback(PrinterCallback)
-        trained, head_parameters = count_trainable(built.model, head)
         # The state of a method's own callbacks, such as AdaLoRA's scores, is in no checkpoint.
         checkpoint = None if built.callbacks else last_whole_checkpoint(folder, setting.steps)
         trainer.train(resume_from_checkpoint=checkpoint)
-        flow = trainer.steering.flow if trainer.steering is not None else None
-        peak = trained if flow is None else _peak(flow)
-        final = trained if flow is None else flow.spent
-        if built.finish is not None:
-            built.finish()
-            final = count_trainable(built.model, head)[0]
-        if built.final is not None:
-            final = built.final()
+        parameters = _finish(built, trainer, head, setting.parameters, size)
+        flow = trainer.flow
+        ranks = None if flow is None else history_of(flow)
         autocast = autocast_of(self.spec.task(cell.task).train, arguments.device)
         metrics = workload.judge(built.model, cell.split, autocast)
-        ranks = None if flow is None else history_of(flow)
-        clock = trainer.clock
         result = CellResult(
             cell,
             "done",
             trace(digest),
             metrics=metrics | workload.judge_ranks(ranks, cell.training_seed),
-            parameters=Parameters(
-                setting.parameters, final, peak, _stored(built, head), head_parameters, size
-            ),
-            seconds_per_step=clock.wall / clock.steps,
-            cpu_seconds_per_step=clock.cpu / clock.steps,
+            parameters=parameters,
+            seconds_per_step=trainer.clock.wall / trainer.clock.steps,
+            cpu_seconds_per_step=trainer.clock.cpu / trainer.clock.steps,
             ranks=ranks,
         )
         if cell.split == "test":
@@ -262,6 +252,19 @@ def history_of(flow: RankFlow) -> RankHistory:
 
 def _peak(flow: RankFlow) -> int:
     return max([flow.spent, *(max(event.spent_before, event.spent) for event in flow.history)])
+
+
+def _finish(
+    built: Built, trainer: CellTrainer, head: tuple[str, ...], budget: int, size: int | None
+) -> Parameters:
+    """Do what a method does once training is over, and count."""
+    peak, head_parameters = count_trainable(built.model, head)
+    if trainer.flow is not None:
+        peak = _peak(trainer.flow)
+    if built.finish is not None:
+        built.finish()
+    final = built.final() if built.final is not None else count_trainable(built.model, head)[0]
+    return Parameters(budget, final, peak, _stored(built, head), head_parameters, size)
 
 
 def _stored(built: Built, head: tuple[str, ...]) -> int:

@@ -50,6 +50,8 @@ HIGHER_IS_BETTER: Final[Mapping[str, bool]] = {
     "perplexity": False,
     "excess": False,
 }
+SHARES: Final = frozenset({"accuracy", "excess"})
+"""Metrics that are shares of 1: they are compared by difference, others by ratio."""
 
 
 class BudgetPoint(Spec):
@@ -146,8 +148,8 @@ class AblationSpec(Spec):
         judge: The metric that comparisons are about.
         compare: Pairs of methods, ours first; declared before anything has run.
         interaction: Four methods: neither, only the first part, only the second, both.
-        margin: Differences below this are called equivalent: a share of the metric, for accuracy
-            absolute.
+        margin: Differences below this are called equivalent: a share of the metric, or
+            absolute where that is a share itself (accuracy, excess).
         alpha: Level of the tests.
         adapter: Keywords of ``peft.LoraConfig`` of all adapters.
         head_rate: Learning rate of the task head.

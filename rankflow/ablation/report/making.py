@@ -8,7 +8,7 @@ from rankflow.ablation.report.method import MethodWords
 from rankflow.ablation.report.rows import Gathered
 from rankflow.ablation.report.verdicts import METRICS
 from rankflow.ablation.statistics.intervals import FEWEST_RESAMPLED
-from rankflow.specs.ablation import AblationSpec
+from rankflow.specs.ablation import SHARES, AblationSpec
 
 
 def making_blocks(gathered: Gathered, methods: Mapping[str, MethodWords]) -> list[Block]:
@@ -63,13 +63,13 @@ def _definition(spec: AblationSpec, name: str, words: MethodWords | None) -> Par
 
 def _statistics(spec: AblationSpec) -> list[Paragraph]:
     level, judged = 100 * (1 - spec.alpha), METRICS[spec.judge]
-    unit = "absolute" if spec.judge == "accuracy" else "of the metric"
-    margin = f"{spec.margin:g}" if spec.judge == "accuracy" else f"{100 * spec.margin:g}%"
+    unit = "absolute" if spec.judge in SHARES else "of the metric"
+    margin = f"{spec.margin:g}" if spec.judge in SHARES else f"{100 * spec.margin:g}%"
     return [
         Paragraph(
             f"two methods are compared on the same task with the same seed, so that what a seed "
             f"does to both cancels. {judged} is compared by "
-            f"{'difference' if spec.judge == 'accuracy' else 'ratio (the log is averaged)'}; every "
+            f"{'difference' if spec.judge in SHARES else 'ratio (the log is averaged)'}; every "
             f"task counts the same. Pairs are taken as independent: a seed that moved the "
             f"difference the same way on every task would make p too small.",
             lead="Pairs:",
@@ -82,8 +82,9 @@ def _statistics(spec: AblationSpec) -> list[Paragraph]:
         ),
         Paragraph(
             f"studentised bootstrap {level:g}% interval of the mean paired difference, resampled "
-            f"within tasks; Student's with fewer than {FEWEST_RESAMPLED} pairs. Simulations showed "
-            f"that percentile and BCa intervals are too narrow for so few seeds.",
+            f"within tasks; Student's with fewer than {FEWEST_RESAMPLED} pairs, and where the "
+            f"bootstrap's is over twice as wide. Simulations showed that percentile and BCa "
+            f"intervals are too narrow for so few seeds.",
             lead="Interval:",
         ),
         Paragraph(

@@ -10,7 +10,7 @@ from rankflow.ablation.statistics.comparison import Comparison
 from rankflow.ablation.statistics.interaction import Interaction, interact
 from rankflow.ablation.statistics.table import ScoreTable
 from rankflow.ablation.statistics.verdict import compare_all
-from rankflow.specs.ablation import HIGHER_IS_BETTER
+from rankflow.specs.ablation import HIGHER_IS_BETTER, SHARES
 
 METRICS: Final[Mapping[str, str]] = {
     "nll": "test NLL",
@@ -18,7 +18,6 @@ METRICS: Final[Mapping[str, str]] = {
     "perplexity": "test perplexity",
     "excess": "excess loss",
 }
-_ABSOLUTE: Final = ("accuracy",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def judge(gathered: Gathered, budget: str, task: str = "") -> Verdict:
     """
     spec = gathered.spec
     table = score_table(gathered, budget, task)
-    in_unit = table.relative or spec.judge in _ABSOLUTE
+    in_unit = table.relative or spec.judge in SHARES
     margin = spec.margin if in_unit else _as_share(table, spec.margin)
     measurable = [pair for pair in spec.compare if _share_cells(table, pair)]
     found = compare_all(table, measurable, margin=margin, alpha=spec.alpha) if measurable else []
@@ -69,7 +68,7 @@ def judge(gathered: Gathered, budget: str, task: str = "") -> Verdict:
 def score_table(gathered: Gathered, budget: str, task: str = "") -> ScoreTable:
     """Return the judged metric of every finished cell at a budget.
 
-    Scores are compared by ratio, accuracy by difference; so is what is not positive everywhere.
+    Scores are compared by ratio, shares by difference; so is what is not positive everywhere.
 
     Args:
         gathered: The results.
@@ -91,7 +90,7 @@ def score_table(gathered: Gathered, budget: str, task: str = "") -> ScoreTable:
         values,
         metric=METRICS[metric],
         higher_is_better=HIGHER_IS_BETTER[metric],
-        relative=metric not in _ABSOLUTE and is_positive,
+        relative=metric not in SHARES and is_positive,
     )
 
 

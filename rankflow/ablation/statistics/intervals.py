@@ -16,8 +16,9 @@ Student                 90 to 97   90 to 97   92 to 96   1.6
 
 Percentile and BCa intervals claim far more than they know, so they are not offered. The studentised
 bootstrap is the default: where differences are skewed it covers 93 to 95 from 5 pairs on, Student's
-90 to 93. With fewer pairs it can be infinite, and Student's takes its place. Student's is also the
-one that agrees with the test of equivalence.
+90 to 93. With fewer pairs it can be infinite, and a few pairs far out can make it as good as so;
+Student's takes its place then, which costs at most 1.2 points of coverage in these cases. Student's
+is also the one that agrees with the test of equivalence.
 """
 
 from typing import Final, Literal
@@ -33,6 +34,7 @@ IntervalKind = Literal["student", "bootstrap"]
 
 RESAMPLES: Final = 10_000
 FEWEST_RESAMPLED: Final = 5  # pairs; from fewer the bootstrap learns too little
+_WIDEST: Final = 2.0  # of a bootstrap interval, in widths of Student's
 
 
 def student_interval(pairs: Pairs, *, level: float = 0.95) -> tuple[float, float]:
@@ -105,7 +107,9 @@ def bootstrap_interval(
 def interval(
     pairs: Pairs, kind: IntervalKind = "bootstrap", *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the interval of this kind; of fewer than five pairs Student's.
+    """Return the interval of this kind, or Student's where the bootstrap's says nothing.
+
+    That is with fewer than five pairs, and where it is more than twice as wide as Student's.
 
     Args:
         pairs: The differences.
@@ -113,10 +117,8 @@ def interval(
         level: Confidence.
         seed: Seed of the bootstrap.
     """
-    if len(pairs.difference) < FEWEST_RESAMPLED:
-        return student_interval(pairs, level=level)
-    match kind:
-        case "student":
-            return student_interval(pairs, level=level)
-        case "bootstrap":
-            return bootstrap_interval(pairs, level=level, seed=seed)
+    student = student_interval(pairs, level=level)
+    if kind == "student" or len(pairs.difference) < FEWEST_RESAMPLED:
+        return student
+    low, high = bootstrap_interval(pairs, level=level, seed=seed)
+    return (low, high) if high - low <= _WIDEST * (student[1] - student[0]) else student

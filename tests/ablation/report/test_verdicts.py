@@ -66,7 +66,11 @@ def test_a_task_alone_has_its_own_pairs(draw):
     assert [(found.n, found.tasks) for found in verdict.comparisons] == [(5, ("clinc",))] * 2
 
 
-def test_accuracy_is_compared_by_difference(draw):
+def test_shares_are_compared_by_difference(draw):
+    excess = draw(judge="excess", tasks={"planted": 0.5}, ranks=(1,))
+    verdict = judge(gather(excess.spec, excess.results()), "rank 1")
+    assert not verdict.relative
+    assert verdict.comparisons[0].margin == 0.01
     scenario = draw(judge="accuracy", seeds=8)
     verdict = judge(gather(scenario.spec, scenario.results()), "rank 1")
     assert not verdict.relative
@@ -76,10 +80,10 @@ def test_accuracy_is_compared_by_difference(draw):
 
 
 def test_scores_that_are_not_positive_are_compared_by_difference(draw, change):
-    scenario = draw(judge="excess", tasks={"planted": 0.5}, ranks=(1,))
+    scenario = draw(tasks={"easy": 0.5}, ranks=(1,))
     results = change(scenario.results(), "hybrid", value=0.0)
     verdict = judge(gather(scenario.spec, results), "rank 1")
-    values = [r.metrics["excess"] for r in results if r.cell.split == "test"]
+    values = [r.metrics["nll"] for r in results if r.cell.split == "test"]
     assert not verdict.relative
     assert verdict.comparisons[0].margin == pytest.approx(0.01 * np.mean(values))
 

@@ -92,6 +92,13 @@ def test_fewer_than_five_pairs_have_students_interval(make_pairs):
     assert interval(pairs) == student_interval(pairs)
 
 
+def test_a_bootstrap_that_one_pair_far_out_decides_gives_way_to_students(make_pairs):
+    pairs = make_pairs([0.01 * i for i in range(9)] + [5.0])
+    low, high = bootstrap_interval(pairs)
+    assert high - low > 2 * np.subtract(*student_interval(pairs)[::-1])
+    assert interval(pairs) == student_interval(pairs)
+
+
 @pytest.mark.parametrize("kind", ["student", "bootstrap"])
 def test_intervals_of_little(make_pairs, kind):
     assert interval(make_pairs([0.5, 0.5], [0.25, 0.25]), kind) == (0.375, 0.375)
