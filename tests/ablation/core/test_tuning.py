@@ -1,6 +1,6 @@
 import math
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankflow.ablation.tuning import (
@@ -38,6 +38,7 @@ def steps_of(grid):
     return rates
 
 
+@settings(deadline=None)
 @given(first=FIRST, best=st.floats(-14, 14), steepness=st.floats(0.1, 9), widest=st.integers(0, 5))
 def test_the_best_rate_of_any_convex_loss_is_found_and_bracketed(first, best, steepness, widest):
     grid = Grid((first, 2 * first), widest=2.0**widest)
@@ -54,6 +55,7 @@ def test_the_best_rate_of_any_convex_loss_is_found_and_bracketed(first, best, st
     assert not is_at_edge(found, chosen) or is_bound
 
 
+@settings(deadline=None)
 @given(first=FIRST, limit=st.floats(-10, 10), widest=st.integers(0, 5))
 def test_tuning_leaves_rates_at_which_training_diverges(first, limit, widest):
     grid = Grid((first, 2 * first), widest=2.0**widest)
@@ -70,6 +72,7 @@ def test_tuning_leaves_rates_at_which_training_diverges(first, limit, widest):
         assert not math.isfinite(min(found.values()))
 
 
+@settings(deadline=None)
 @given(
     rates=st.lists(st.floats(1e-5, 1.0), min_size=1, max_size=4, unique=True),
     widest=st.floats(1, 100),
@@ -83,9 +86,10 @@ def test_tuning_of_any_loss_ends_within_the_widest_bounds(rates, widest, losses)
         assert min(rates) / widest * 0.999 <= point.rate <= max(rates) * widest * 1.001
 
 
+@settings(deadline=None)
 @given(best=st.floats(-3, 3), gain=st.floats(-2, 2))
 def test_a_scaling_is_tried_at_the_best_rate_and_a_better_one_is_bracketed(best, gain):
-    grid = Grid((0.01, 0.02), (1.0, 4.0))
+    grid = Grid((0.01, 0.02), (1.0, 4.0), widest=1024)
 
     def loss(point):
         shift = 1 if point.scaling == 4.0 else 0  # another scaling likes another rate
@@ -116,6 +120,7 @@ def test_a_point_with_a_failed_or_diverged_seed_is_infinite():
     }
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6), st.randoms(use_true_random=False))
 def test_the_mean_does_not_depend_on_which_seed_ended_first(losses, random):
     shuffled = random.sample(losses, len(losses))
