@@ -87,7 +87,7 @@ def describe_methods(spec: AblationSpec) -> dict[str, MethodWords]:
 
 
 def print_plan(ablation: Ablation, console: Console) -> None:
-    """Print what would run: sizes, exact parameters, and numbers of cells. Nothing trains."""
+    """Print what would run: sizes, parameters, and numbers of cells. Nothing trains."""
     runner = CellRunner(ablation.spec)
     table = Table(box=None, pad_edge=False)
     for heading in ("task", "budget", "method"):

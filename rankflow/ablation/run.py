@@ -82,8 +82,10 @@ class Ablation:
         Args:
             retry: Forget what failed, so that it runs again.
         """
+        groups = frozenset(groups_of(self.spec))
         for digest, result in self.store.load().items():
-            is_wanted = self._asks_for(result.cell) and not (retry and result.status == "failed")
+            is_asked = group_of(result.cell) in groups and self._reports(result.cell)
+            is_wanted = is_asked and not (retry and result.status == "failed")
             if is_wanted and digest_cell(self.spec, result.cell) == digest:
                 self._take(result)
 
@@ -146,10 +148,9 @@ class Ablation:
         """Count the cells of the groups that have run."""
         return sum(len(self._ran.get(group, {})) for group in self.groups)
 
-    def _asks_for(self, cell: Cell) -> bool:
+    def _reports(self, cell: Cell) -> bool:
+        """Whether the seed of a cell is one of its group's."""
         spec = self.spec
-        if group_of(cell) not in groups_of(spec):
-            return False
         if cell.split == "validation":
             return spec.tuning.enabled and cell.seed in spec.tuning.seeds
         return cell.seed in spec.seeds_of(spec.budget(cell.budget))

@@ -61,14 +61,25 @@ def count_trainable(model: nn.Module, full_modules: Collection[str]) -> tuple[in
         model: A built model, wrapped by PEFT or not.
         full_modules: The modules of the head, by their names in the base model.
     """
-    heads = tuple(f"{root}{name}." for root in _ROOTS for name in full_modules)
     adapter = head = 0
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name.startswith(heads):
+        if parameter.requires_grad and is_head(name, full_modules):
             head += parameter.numel()
         elif parameter.requires_grad:
             adapter += parameter.numel()
     return adapter, head
+
+
+def is_head(name: str, full_modules: Collection[str]) -> bool:
+    """Whether a parameter belongs to the task head, also under PEFT's names.
+
+    >>> is_head("base_model.model.classifier.modules_to_save.default.weight", ("classifier",))
+    True
+    >>> is_head("base_model.model.bert.classifiers.weight", ("classifier",))
+    False
+    """
+    heads = tuple(f"{root}{module}." for root in _ROOTS for module in full_modules)
+    return name.startswith(heads)
 
 
 def reaches(parameters: int, budget: int, tolerance: float = 0.05) -> bool:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankflow.ablation.methods.method import Built
+from rankflow.ablation.sizing import is_head
 from rankflow.checkpoint import load_state
 from rankflow.engine import RankFlow
 from rankflow.integrations.huggingface import RankFlowCallback
@@ -165,14 +166,3 @@ class CellTrainer(Trainer):
             state = load_state(resume_from_checkpoint)
             self.steering.start(self.model, state["total_steps"], resume=state)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def is_head(name: str, head: tuple[str, ...]) -> bool:
-    """Whether a parameter belongs to the task head, also under PEFT's names.
-
-    >>> is_head("base_model.model.classifier.modules_to_save.default.weight", ("classifier",))
-    True
-    >>> is_head("base_model.model.bert.classifiers.weight", ("classifier",))
-    False
-    """
-    return any(f".{module}." in f".{name}" for module in head)

@@ -72,12 +72,6 @@ def best_point(found: Mapping[Point, float]) -> Point:
     return min(sorted(found), key=found.__getitem__)
 
 
-def is_at_edge(found: Mapping[Point, float], point: Point) -> bool:
-    """Whether no worse rate was measured on one side of a point."""
-    rates = [p.rate for p in found if p.scaling == point.scaling]
-    return point.rate in (min(rates), max(rates))
-
-
 def mean_losses(losses: Mapping[Point, Sequence[float]]) -> dict[Point, float]:
     """Average the seeds of each point; a run that failed or diverged makes it infinite.
 

@@ -26,8 +26,8 @@ from rankflow.ablation.records import (
     RankHistory,
     RankMoment,
 )
-from rankflow.ablation.sizing import choose_size, count_trainable
-from rankflow.ablation.trainer import CellTrainer, is_head, last_whole_checkpoint
+from rankflow.ablation.sizing import choose_size, count_trainable, is_head
+from rankflow.ablation.trainer import CellTrainer, last_whole_checkpoint
 from rankflow.ablation.workload import Autocast, Workload, autocast_of, open_workload
 from rankflow.engine import RankFlow
 from rankflow.errors import BudgetError

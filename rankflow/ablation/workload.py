@@ -295,8 +295,7 @@ class PlantedWorkload:
 
     def build_meta(self) -> BaseModel:
         """Return the layers without numbers."""
-        with torch.device("cpu"):
-            base = self.load_base(0, quantised=False)
+        base = self.load_base(0, quantised=False)
         return BaseModel(base.model.to("meta"), None, (), ())
 
     def sample(self, seed: int) -> dict[str, Tensor]:
@@ -341,8 +340,7 @@ def _judge_classes(
         targets = batch.pop("labels")
         found = model(**batch).logits
         if pooling is not None:
-            mask = batch["attention_mask"]
-            found = pool(found[:, -mask.shape[1] :], mask, pooling)  # (batch, classes)
+            found = pool(found, batch["attention_mask"], pooling)  # (batch, classes)
         known = targets != IGNORED
         logits.append(found[known].float().cpu())
         labels.append(targets[known].cpu())

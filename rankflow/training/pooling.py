@@ -20,13 +20,15 @@ def pool(values: torch.Tensor, attention_mask: torch.Tensor, pooling: TokenPooli
     """Reduce a value per token to a value per text.
 
     Args:
-        values: Logits or hidden states, shape ``(batch, tokens, width)``.
+        values: Logits or hidden states, shape ``(batch, tokens, width)``; those of virtual tokens,
+            if there are any, come first and are left out.
         attention_mask: 1 for tokens and 0 for padding, shape ``(batch, tokens)``.
         pooling: ``mean`` averages over the tokens, ``cls`` takes the first of them.
 
     Returns:
         Pooled values in float32 or wider, shape ``(batch, width)``.
     """
+    values = values[:, -attention_mask.shape[1] :]
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if pooling == "cls":
         first = attention_mask.argmax(dim=1)  # padding may stand on the left

@@ -59,9 +59,8 @@ def pooled_loss(
         shape ``(batch, classes)``.
     """
     features = {key: value for key, value in inputs.items() if key != "labels"}
-    mask = inputs["attention_mask"]
-    token_logits = model(**features).logits[:, -mask.shape[1] :]  # (batch, tokens, classes)
-    logits = pool(token_logits, mask, pooling)  # (batch, classes)
+    token_logits = model(**features).logits  # (batch, tokens, classes)
+    logits = pool(token_logits, inputs["attention_mask"], pooling)  # (batch, classes)
     loss = functional.cross_entropy(logits, inputs["labels"])
     return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 

@@ -122,7 +122,7 @@ def _embed(
     with evaluating(model):
         for rows, tokens, mask in _batches(model, ids, tokenizer, batch_size):
             outputs = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
-            hidden = outputs.hidden_states[-1][:, -tokens.shape[1] :]  # behind the virtual tokens
+            hidden = outputs.hidden_states[-1]  # (batch, tokens, width)
             states.update(zip(rows, pool(hidden, mask, pooling).cpu(), strict=True))
     return [states[row] for row in range(len(ids))]
 

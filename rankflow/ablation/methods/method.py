@@ -65,7 +65,7 @@ class Built:
     model: nn.Module
     callbacks: tuple[TrainerCallback, ...] = ()
     budget: BudgetSpec | None = None
-    finish: Callable[[], None] | None = None
+    finish: Callable[[], object] | None = None
     final: Callable[[], int] | None = None
     merge: Callable[[], nn.Module] | None = None
 

@@ -103,7 +103,7 @@ class Steered:
         budget = self.budget(allowed, setting.seed)
         if self.follows is not None:
             budget = _retrace(budget, setting.learned, self.follows)
-        finish = partial(_truncate, model, setting.parameters) if self.truncates else None
+        finish = partial(truncate, model, setting.parameters) if self.truncates else None
         return Built(model, budget=budget, finish=finish, merge=partial(merge_copy, model))
 
     def _capacity(self, model: PeftModel) -> int:
@@ -131,7 +131,3 @@ def _retrace(budget: BudgetSpec, learned: RankHistory | None, source: str) -> Bu
 
 def _exactly(site: str) -> str:
     return f"^{re.escape(site)}$"
-
-
-def _truncate(model: PeftModel, parameters: int) -> None:
-    truncate(model, parameters)

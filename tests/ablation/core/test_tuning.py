@@ -7,12 +7,17 @@ from rankflow.ablation.tuning import (
     Grid,
     Point,
     best_point,
-    is_at_edge,
     mean_losses,
     next_points,
 )
 
 FIRST = st.sampled_from([1e-4, 3e-3, 0.004, 0.02])
+
+
+def is_at_edge(found, point):
+    """Whether no worse rate was measured on one side of a point."""
+    rates = [p.rate for p in found if p.scaling == point.scaling]
+    return point.rate in (min(rates), max(rates))
 
 
 def tune(grid, loss):
