@@ -11,13 +11,12 @@ from rankflow.ablation.executors import Executor, HereExecutor, ProcessExecutor,
 from rankflow.ablation.methods.method import UnsupportedError
 from rankflow.ablation.methods.registry import METHODS, find_method
 from rankflow.ablation.methods.steered import Steered
-from rankflow.ablation.records import Cell
+from rankflow.ablation.records import Place, reaches
 from rankflow.ablation.report.method import MethodWords
 from rankflow.ablation.report.terminal import render_terminal
 from rankflow.ablation.report.write import write_report
 from rankflow.ablation.run import Ablation, run_ablation
-from rankflow.ablation.schedule import Group
-from rankflow.ablation.sizing import choose_size, reaches
+from rankflow.ablation.sizing import choose_size
 from rankflow.ablation.worker import CellRunner
 from rankflow.errors import RankFlowError
 from rankflow.specs.ablation import AblationSpec
@@ -64,8 +63,8 @@ def ablate(
     if ablation.ready():
         run_ablation(ablation, make_executor(executor, ablation.spec, workers, threads), console)
     tell(ablation, console, report=report)
-    for group, reason in ablation.obstacles().items():
-        console.print(f"{group.path} is not complete: {reason}", markup=False, soft_wrap=True)
+    for place, reason in ablation.obstacles().items():
+        console.print(f"{place.path} is not complete: {reason}", markup=False, soft_wrap=True)
 
 
 def tell(ablation: Ablation, console: Console, *, report: Path) -> None:
@@ -95,8 +94,8 @@ def print_plan(ablation: Ablation, console: Console) -> None:
     for heading in ("size", "parameters", "of the budget"):
         table.add_column(heading, justify="right")
     with console.status("counting parameters"):
-        for group in ablation.groups:
-            table.add_row(group.task, group.budget, group.method, *_plan_group(runner, group))
+        for place in ablation.places:
+            table.add_row(place.task, place.budget, place.method, *_plan_place(runner, place))
     console.print(table)
     console.print(
         f"\nabout {ablation.expected():,} cells, {ablation.ended():,} of which have run",
@@ -112,15 +111,15 @@ def print_methods(console: Console) -> None:
     console.print(table)
 
 
-def _plan_group(runner: CellRunner, group: Group) -> tuple[str, str, str]:
-    method = find_method(runner.spec.variant(group.method))
-    budget = runner.parameters_of(group.task, group.budget)
+def _plan_place(runner: CellRunner, place: Place) -> tuple[str, str, str]:
+    method = find_method(runner.spec.variant(place.method))
+    budget = runner.parameters_of(place.task, place.budget)
     if isinstance(method, Steered):
         return "", f"{int(method.factor * budget):,}", f"{method.factor:.0%}"
-    cell = Cell(group.task, group.budget, group.method, "test", 0, method.rate)
+    cell = place.cell("test", 0, method.rate)
     try:
         sized = choose_size(
-            method, runner.workload(group.task).build_meta, runner.setting_of(cell, None)
+            method, runner.workload(place.task).build_meta, runner.setting_of(cell, None)
         )
     except UnsupportedError as error:
         return "", "cannot run", escape(str(error))

@@ -13,6 +13,24 @@ Status = Literal["done", "failed", "unsupported"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """One method at one budget on one task."""
+
+    task: str
+    budget: str
+    method: str
+
+    @property
+    def path(self) -> str:
+        """What a pattern of the command line is matched with."""
+        return f"{self.task}/{self.budget}/{self.method}"
+
+    def cell(self, split: Split, seed: int, rate: float, scaling: float = 1.0) -> "Cell":
+        """Return one of its cells."""
+        return Cell(self.task, self.budget, self.method, split, seed, rate, scaling)
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class Cell:
     """One training run of an ablation.
 
@@ -33,6 +51,11 @@ class Cell:
     seed: int
     rate: float
     scaling: float = 1.0
+
+    @property
+    def place(self) -> Place:
+        """Where it belongs."""
+        return Place(self.task, self.budget, self.method)
 
     @property
     def training_seed(self) -> int:
@@ -185,3 +208,12 @@ class CellResult:
     latency: Latency | None = None
     forgetting: Forgetting | None = None
     ranks: RankHistory | None = None
+
+
+def reaches(parameters: int, budget: int, tolerance: float = 0.05) -> bool:
+    """Tell whether a number of parameters is that of the budget, within a relative tolerance.
+
+    >>> reaches(96, 100), reaches(90, 100), reaches(104, 100)
+    (True, False, True)
+    """
+    return abs(parameters - budget) <= tolerance * budget

@@ -20,15 +20,13 @@ from rankflow.ablation.executors import Executor
 from rankflow.ablation.methods.registry import check_methods, find_method
 from rankflow.ablation.methods.steered import Steered
 from rankflow.ablation.provenance import digest_cell, trace
-from rankflow.ablation.records import Cell, CellResult
+from rankflow.ablation.records import Cell, CellResult, Place
 from rankflow.ablation.schedule import (
-    Group,
     Trial,
     chosen_point,
-    group_of,
-    groups_of,
     is_over,
     obstacle,
+    places_of,
     ready_cells,
     source_cell,
     tuning_losses,
@@ -49,27 +47,27 @@ class Ablation:
     Attributes:
         spec: The ablation.
         store: Where results are kept.
-        only: Regex for ``task/budget/method``; other groups are left alone.
+        only: Regex for ``task/budget/method``; other places are left alone.
         trials: What the schedule has to know of each method.
-        groups: The groups that are asked for.
+        places: The places that are asked for.
     """
 
     spec: AblationSpec
     store: Store
     only: str = ""
     trials: Mapping[str, Trial] = field(init=False)
-    groups: list[Group] = field(init=False)
-    _ran: dict[Group, dict[Cell, CellResult]] = field(default_factory=dict, init=False)
+    places: list[Place] = field(init=False)
+    _ran: dict[Place, dict[Cell, CellResult]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Check what a spec cannot check by itself.
 
         Raises:
-            SpecError: A method is not there or cannot be varied so, or no group is asked for.
+            SpecError: A method is not there or cannot be varied so, or nothing is asked for.
         """
         check_methods(self.spec)
         self.trials = {name: _trial(self.spec, name) for name in self.spec.methods}
-        self.groups = _choose_groups(groups_of(self.spec), self.only)
+        self.places = _choose_places(places_of(self.spec), self.only)
 
     @property
     def results(self) -> dict[Cell, CellResult]:
@@ -82,9 +80,9 @@ class Ablation:
         Args:
             retry: Forget what failed, so that it runs again.
         """
-        groups = frozenset(groups_of(self.spec))
+        places = frozenset(places_of(self.spec))
         for digest, result in self.store.load().items():
-            is_asked = group_of(result.cell) in groups and self._reports(result.cell)
+            is_asked = result.cell.place in places and self._reports(result.cell)
             is_wanted = is_asked and not (retry and result.status == "failed")
             if is_wanted and digest_cell(self.spec, result.cell) == digest:
                 self._take(result)
@@ -93,18 +91,18 @@ class Ablation:
         """Return the cells that can run now, in the order of the spec."""
         return [
             cell
-            for group in self.groups
-            for cell in ready_cells(self.spec, self.trials, self._near(group), group)
+            for place in self.places
+            for cell in ready_cells(self.spec, self.trials, self._near(place), place)
         ]
 
-    def obstacles(self) -> dict[Group, str]:
-        """Return what keeps groups from being complete, once nothing is ready."""
-        found = {g: obstacle(self.spec, self.trials, self._near(g), g) for g in self.groups}
-        return {group: reason for group, reason in found.items() if reason}
+    def obstacles(self) -> dict[Place, str]:
+        """Return what keeps places from being complete, once nothing is ready."""
+        found = {p: obstacle(self.spec, self.trials, self._near(p), p) for p in self.places}
+        return {place: reason for place, reason in found.items() if reason}
 
     def order(self, cell: Cell) -> Order:
         """Return what a worker needs to run a cell."""
-        near = self._near(group_of(cell))
+        near = self._near(cell.place)
         source = source_cell(self.spec, self.trials, near, cell)
         first = self.spec.seeds_of(self.spec.budget(cell.budget))[0]
         return Order(
@@ -128,54 +126,54 @@ class Ablation:
     def reported(self) -> list[CellResult]:
         """Return what a report is made from: all tuning, and the cells at the chosen points."""
         points = {
-            group: chosen_point(self.spec, self.trials, ran, group)
-            for group, ran in self._ran.items()
+            place: chosen_point(self.spec, self.trials, ran, place)
+            for place, ran in self._ran.items()
         }
         return [
             result
-            for group, ran in self._ran.items()
+            for place, ran in self._ran.items()
             for cell, result in ran.items()
             if cell.split == "validation"
             or result.status == "unsupported"
-            or points[group] == Point(cell.rate, cell.scaling)
+            or points[place] == Point(cell.rate, cell.scaling)
         ]
 
     def expected(self) -> int:
         """Estimate how many cells there will be when all is done."""
-        return sum(self._expected_of(group) for group in self.groups)
+        return sum(self._expected_of(place) for place in self.places)
 
     def ended(self) -> int:
-        """Count the cells of the groups that have run."""
-        return sum(len(self._ran.get(group, {})) for group in self.groups)
+        """Count the cells of the places that have run."""
+        return sum(len(self._ran.get(place, {})) for place in self.places)
 
     def _reports(self, cell: Cell) -> bool:
-        """Whether the seed of a cell is one of its group's."""
+        """Whether the seed of a cell is one of its place's."""
         spec = self.spec
         if cell.split == "validation":
             return spec.tuning.enabled and cell.seed in spec.tuning.seeds
         return cell.seed in spec.seeds_of(spec.budget(cell.budget))
 
     def _take(self, result: CellResult) -> None:
-        self._ran.setdefault(group_of(result.cell), {})[result.cell] = result
+        self._ran.setdefault(result.cell.place, {})[result.cell] = result
 
-    def _near(self, group: Group) -> dict[Cell, CellResult]:
-        """Return the results of a group, and of those whose ranks it retrains."""
+    def _near(self, place: Place) -> dict[Cell, CellResult]:
+        """Return the results of a place, and of those whose ranks it retrains."""
         near: dict[Cell, CellResult] = {}
-        method: str | None = group.method
+        method: str | None = place.method
         while method is not None:
-            near |= self._ran.get(replace(group, method=method), {})
+            near |= self._ran.get(replace(place, method=method), {})
             method = self.trials[method].follows
         return near
 
-    def _expected_of(self, group: Group) -> int:
-        ran = self._ran.get(group, {})
-        if is_over(ran, group):
+    def _expected_of(self, place: Place) -> int:
+        ran = self._ran.get(place, {})
+        if is_over(ran, place):
             return len(ran)
-        tests = len(self.spec.seeds_of(self.spec.budget(group.budget)))
+        tests = len(self.spec.seeds_of(self.spec.budget(place.budget)))
         if not self.spec.tuning.enabled:
             return max(len(ran), tests)
-        tuned = len(tuning_losses(self.spec, ran, group))
-        if chosen_point(self.spec, self.trials, ran, group) is None:
+        tuned = len(tuning_losses(self.spec, ran, place))
+        if chosen_point(self.spec, self.trials, ran, place) is None:
             tuned = max(tuned, _EXPECTED_POINTS)
         return max(len(ran), tuned * len(self.spec.tuning.seeds) + tests)
 
@@ -219,14 +217,14 @@ def run_ablation(ablation: Ablation, executor: Executor, console: Console) -> No
         executor.close()
 
 
-def _choose_groups(groups: Sequence[Group], only: str) -> list[Group]:
+def _choose_places(places: Sequence[Place], only: str) -> list[Place]:
     try:
-        chosen = [group for group in groups if re.search(only, group.path)]
+        chosen = [place for place in places if re.search(only, place.path)]
     except re.error as error:
         raise SpecError(f"--only '{only}' is no regular expression: {error}") from error
     if not chosen:
         raise SpecError(
-            f"--only '{only}' matches no task/budget/method; the first of them is {groups[0].path}"
+            f"--only '{only}' matches no task/budget/method; the first of them is {places[0].path}"
         )
     return chosen
 

@@ -82,15 +82,6 @@ def is_head(name: str, full_modules: Collection[str]) -> bool:
     return name.startswith(heads)
 
 
-def reaches(parameters: int, budget: int, tolerance: float = 0.05) -> bool:
-    """Tell whether a number of parameters is that of the budget, within a relative tolerance.
-
-    >>> reaches(96, 100), reaches(90, 100), reaches(104, 100)
-    (True, False, True)
-    """
-    return abs(parameters - budget) <= tolerance * budget
-
-
 def _count(method: Method, base: BaseModel, setting: Setting, size: int | None) -> int:
     full_modules = base.full_modules
     built = method.build(base, setting, size)

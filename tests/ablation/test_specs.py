@@ -10,8 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rankflow.ablation.provenance import digest_cell
-from rankflow.ablation.schedule import groups_of
-from rankflow.ablation.tuning import Point
+from rankflow.ablation.schedule import places_of
 from rankflow.cli import app
 from rankflow.specs.ablation import load_ablation
 
@@ -58,7 +57,7 @@ def load(name, data):
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_every_spec_loads_and_tells_all_its_cells_apart(path, data):
     spec = load_ablation(path, folder=data)
-    cells = [group.cell("test", 0, Point(0.01)) for group in groups_of(spec)]
+    cells = [place.cell("test", 0, 0.01) for place in places_of(spec)]
     assert len({digest_cell(spec, cell) for cell in cells}) == len(cells) > 0
 
 
@@ -74,9 +73,9 @@ def test_cells_that_two_specs_have_in_common_run_once(name, data):
 
     def digests(spec):
         return {
-            digest_cell(spec, group.cell("test", seed, Point(0.004)))
-            for group in groups_of(spec)
-            for seed in spec.seeds_of(spec.budget(group.budget))
+            digest_cell(spec, place.cell("test", seed, 0.004))
+            for place in places_of(spec)
+            for seed in spec.seeds_of(spec.budget(place.budget))
         }
 
     shared = {"glue-like": 3 * 3 * (10 + 5), "policies": 5}  # lora, dora, hybrid on three tasks
@@ -115,7 +114,7 @@ def test_a_plan_lists_every_method_and_trains_nothing(name, only, data, tmp_path
         app, [*command, "--only", only, "--dry-run"], env={"COLUMNS": "200"}, catch_exceptions=False
     )
     assert result.exit_code == 0
-    expected = [group.method for group in groups_of(spec) if re.search(only, group.path)]
+    expected = [place.method for place in places_of(spec) if re.search(only, place.path)]
     rows = [line for line in result.output.splitlines() if re.search(r"\d%( \*)?$", line)]
     assert [re.split(r"\s{2,}", row)[2] for row in rows] == expected
     assert not out.exists()

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median_low
 
-from rankflow.ablation.records import RankHistory
+from rankflow.ablation.records import Place, RankHistory
 from rankflow.ablation.report.document import Block, Heading, Picture
 from rankflow.ablation.report.drawing.curves import CurveAxes, draw_curves
 from rankflow.ablation.report.drawing.dots import DotPanel, draw_dots
@@ -13,7 +13,7 @@ from rankflow.ablation.report.drawing.panels import Estimate
 from rankflow.ablation.report.drawing.ranks import FinalRanks, draw_ranks
 from rankflow.ablation.report.drawing.scatter import Price, draw_scatter
 from rankflow.ablation.report.drawing.style import MOST_STYLES, MethodStyle, as_png, style_methods
-from rankflow.ablation.report.rows import Gathered, MethodRow, Place
+from rankflow.ablation.report.rows import Gathered, MethodRow
 from rankflow.ablation.report.verdicts import METRICS, Verdict
 from rankflow.ablation.statistics.spread import Spread
 from rankflow.specs.ablation import HIGHER_IS_BETTER, AblationSpec

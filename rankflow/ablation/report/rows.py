@@ -7,24 +7,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Final
 
-from rankflow.ablation.records import CellResult, Parameters, Status
+from rankflow.ablation.records import CellResult, Parameters, Place, Status, reaches
+from rankflow.ablation.schedule import places_of
 from rankflow.ablation.statistics.spread import Spread, spread
 from rankflow.errors import RankFlowError
 from rankflow.specs.ablation import HIGHER_IS_BETTER, AblationSpec
-
-TOLERANCE: Final = 0.95
-"""Share of the budget below which a method has missed it."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Place:
-    """One method at one budget on one task."""
-
-    task: str
-    budget: str
-    method: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +103,7 @@ class MethodRow:
     @property
     def misses(self) -> bool:
         """Whether some seed ended more than 5% below its budget."""
-        return any(p.final < TOLERANCE * p.budget for p in self.parameters)
+        return any(p.final < p.budget and not reaches(p.final, p.budget) for p in self.parameters)
 
 
 def gather(spec: AblationSpec, results: Iterable[CellResult]) -> Gathered:
@@ -129,17 +117,12 @@ def gather(spec: AblationSpec, results: Iterable[CellResult]) -> Gathered:
         RankFlowError: One seed has two results at one place, so that no one could tell which
             counts.
     """
-    places = [
-        Place(task.name, budget.label, method)
-        for budget in spec.budgets
-        for task in spec.tasks
-        for method in spec.methods
-    ]
+    places = places_of(spec)
     tests: dict[Place, list[CellResult]] = {place: [] for place in places}
     trials: dict[Place, list[CellResult]] = {place: [] for place in places}
     strangers = 0
     for result in results:
-        place = Place(result.cell.task, result.cell.budget, result.cell.method)
+        place = result.cell.place
         groups = tests if result.cell.split == "test" else trials
         if place in groups and result.cell.seed in _seeds_asked(spec, result):
             groups[place].append(result)

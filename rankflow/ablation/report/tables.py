@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from rankflow.ablation.records import Place
 from rankflow.ablation.report.document import Block, Heading, Paragraph, Table
 from rankflow.ablation.report.numbers import (
     NOTHING,
@@ -16,7 +17,7 @@ from rankflow.ablation.report.numbers import (
     whole_range,
     with_interval,
 )
-from rankflow.ablation.report.rows import MethodRow, Place, best_row
+from rankflow.ablation.report.rows import MethodRow, best_row
 from rankflow.ablation.report.verdicts import METRICS
 from rankflow.ablation.statistics.spread import Spread
 from rankflow.specs.ablation import HIGHER_IS_BETTER, AblationSpec

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from rankflow.ablation.records import CellResult
+from rankflow.ablation.records import CellResult, Place
 from rankflow.ablation.report.document import Block, Bullets, Heading, Paragraph, Table
 from rankflow.ablation.report.numbers import decimals_of, with_interval
-from rankflow.ablation.report.rows import Gathered, Place
+from rankflow.ablation.report.rows import Gathered
 from rankflow.specs.ablation import HIGHER_IS_BETTER
 
 CHOSEN: Final = "◂"

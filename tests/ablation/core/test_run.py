@@ -8,9 +8,8 @@ import pytest
 from rich.console import Console
 
 from rankflow.ablation.provenance import digest_cell
-from rankflow.ablation.records import Cell
+from rankflow.ablation.records import Cell, Place
 from rankflow.ablation.run import run_ablation
-from rankflow.ablation.schedule import Group
 from rankflow.errors import RankFlowError, SpecError
 
 
@@ -133,18 +132,18 @@ def test_tuning_that_failed_does_not_count_where_nothing_is_tuned(planted, ablat
     ablation = ablation_in(spec)
     cell = Cell("planted", "rank 2", "lora", "validation", 100, 0.02)
     ablation.store.save(result_of(cell, digest_cell(spec, cell), status="failed"))
-    group = Group("planted", "rank 2", "lora")
+    place = Place("planted", "rank 2", "lora")
     assert not any(c.method == "lora" for c in ablation_in(spec).ready())
     untuned = ablation_in(planted("tuning.enabled=false"))
-    assert any(c.method == "lora" for c in untuned.ready()), group
+    assert any(c.method == "lora" for c in untuned.ready()), place
 
 
 def test_only_the_groups_that_are_asked_for_run(spec, ablation_in, result_of):
     ablation = ablation_in(spec, only="rank 2/(lora|frozen)")
     run_ablation(ablation, Scripted(spec, result_of), silent())
     assert {cell.method for cell in ablation.results} == {"lora"}
-    assert ablation.ended() == ablation.expected() - ablation._expected_of(ablation.groups[1])
-    assert "retrains the ranks of 'hybrid'" in ablation.obstacles()[ablation.groups[1]]
+    assert ablation.ended() == ablation.expected() - ablation._expected_of(ablation.places[1])
+    assert "retrains the ranks of 'hybrid'" in ablation.obstacles()[ablation.places[1]]
 
 
 def test_what_is_expected_is_exact_once_all_has_run(spec, ablation_in, result_of):

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from rankflow.ablation.records import Cell
+from rankflow.ablation.records import Cell, Place
 from rankflow.ablation.schedule import (
-    Group,
     Trial,
     chosen_point,
-    groups_of,
     obstacle,
+    places_of,
     ready_cells,
     source_cell,
 )
@@ -21,8 +20,8 @@ TRIALS = {
     "hybrid": Trial(0.04),
     "frozen-pattern": Trial(0.02, follows="hybrid"),
 }
-HYBRID = Group("planted", "rank 2", "hybrid")
-FROZEN = Group("planted", "rank 2", "frozen-pattern")
+HYBRID = Place("planted", "rank 2", "hybrid")
+FROZEN = Place("planted", "rank 2", "frozen-pattern")
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def drive(spec, trials, order, make):
     """Run cells, one of the ready ones at a time, until none is ready."""
     results = {}
     for _ in range(1000):
-        ready = [c for g in groups_of(spec) for c in ready_cells(spec, trials, results, g)]
+        ready = [c for p in places_of(spec) for c in ready_cells(spec, trials, results, p)]
         if not ready:
             return results
         assert len(set(ready)) == len(ready)
@@ -60,7 +59,7 @@ def test_the_same_cells_run_in_whatever_order_they_end(spec, result_of):
 
     ran = [drive(spec, TRIALS, random.Random(seed), make) for seed in range(6)]
     assert all(set(results) == set(ran[0]) for results in ran)
-    points = {g.method: chosen_point(spec, TRIALS, ran[0], g) for g in groups_of(spec)}
+    points = {p.method: chosen_point(spec, TRIALS, ran[0], p) for p in places_of(spec)}
     assert points == {
         "lora": Point(0.005),
         "hybrid": Point(0.08),
@@ -68,7 +67,7 @@ def test_the_same_cells_run_in_whatever_order_they_end(spec, result_of):
     }
     tests = {(c.method, c.rate, c.seed) for c in ran[0] if c.split == "test"}
     assert tests == {(m, p.rate, seed) for m, p in points.items() for seed in range(3)}
-    assert all(not obstacle(spec, TRIALS, ran[0], group) for group in groups_of(spec))
+    assert all(not obstacle(spec, TRIALS, ran[0], place) for place in places_of(spec))
 
 
 @pytest.mark.parametrize("status", ["failed", "unsupported"])
@@ -83,7 +82,7 @@ def test_a_method_that_fails_or_cannot_run_keeps_no_other_from_running(spec, res
     finished = {c.method for c, r in results.items() if c.split == "test" and r.status == "done"}
     assert finished == {"hybrid", "frozen-pattern"}
     assert not any(c.method == "lora" and c.split == "test" for c in results)
-    assert not obstacle(spec, TRIALS, results, Group("planted", "rank 2", "lora"))
+    assert not obstacle(spec, TRIALS, results, Place("planted", "rank 2", "lora"))
 
 
 def test_a_test_cell_that_fails_leaves_the_other_seeds_and_blocks_its_own_follower(spec, result_of):
@@ -136,9 +135,9 @@ def test_a_method_that_diverges_at_every_rate_is_not_tested_and_says_so(spec, re
         return result_of(cell, metrics={"excess": loss})
 
     results = drive(spec, TRIALS, random.Random(0), make)
-    group = Group("planted", "rank 2", "lora")
-    assert chosen_point(spec, TRIALS, results, group) is None
-    assert obstacle(spec, TRIALS, results, group) == (
+    place = Place("planted", "rank 2", "lora")
+    assert chosen_point(spec, TRIALS, results, place) is None
+    assert obstacle(spec, TRIALS, results, place) == (
         "it diverged at every learning rate that was tried"
     )
     rates = sorted({c.rate for c in results if c.method == "lora"})
@@ -154,22 +153,22 @@ def test_a_rate_counts_once_all_its_tuning_seeds_have_run(spec, result_of):
 
 def test_accuracy_is_tuned_upwards(texts, result_of):
     spec = texts("judge=accuracy", "tuning={ enabled = true, rates = [0.1, 0.2], widest = 1 }")
-    group = Group("encoder", "rank 2", "lora")
-    cells = ready_cells(spec, {"lora": Trial(0.1)}, {}, group)
+    place = Place("encoder", "rank 2", "lora")
+    cells = ready_cells(spec, {"lora": Trial(0.1)}, {}, place)
     results = {c: result_of(c, metrics={"accuracy": c.rate}) for c in cells}
-    assert chosen_point(spec, {"lora": Trial(0.1)}, results, group) == Point(0.2)
+    assert chosen_point(spec, {"lora": Trial(0.1)}, results, place) == Point(0.2)
 
 
 def test_scalings_are_tuned_only_where_the_spec_lets_them(planted, result_of):
     trials = {**TRIALS, "lora": Trial(0.02, (1.0, 4.0))}
-    group = Group("planted", "rank 2", "lora")
+    place = Place("planted", "rank 2", "lora")
     for enabled, expected in (("true", {1.0, 4.0}), ("false", {1.0})):
         spec = planted(f"tuning.scalings={enabled}")
         results = drive(
             spec, trials, random.Random(0), lambda c: result_of(c, metrics={"excess": loss_of(c)})
         )
         found = {c.scaling for c in results if c.method == "lora" and c.split == "validation"}
-        assert found == expected, group
+        assert found == expected, place
 
 
 def test_without_tuning_every_method_runs_at_its_first_rate(planted):

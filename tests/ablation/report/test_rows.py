@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rankflow.ablation.report.rows import Place, best_row, gather, method_row
+from rankflow.ablation.records import Place
+from rankflow.ablation.report.rows import best_row, gather, method_row
 from rankflow.errors import RankFlowError
 
 CLINC = Place("clinc", "rank 2", "hybrid")

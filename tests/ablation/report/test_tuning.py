@@ -1,8 +1,9 @@
 import math
 from dataclasses import replace
 
+from rankflow.ablation.records import Place
 from rankflow.ablation.report.document import Bullets, Paragraph, Table
-from rankflow.ablation.report.rows import Place, gather
+from rankflow.ablation.report.rows import gather
 from rankflow.ablation.report.tuning import tuning_blocks, tuning_rows
 
 LORA = Place("clinc", "rank 1", "lora")
