@@ -57,7 +57,7 @@ def _definition(spec: AblationSpec, name: str, words: MethodWords | None) -> Par
     if name in spec.variants:
         said = variant.model_dump(exclude_none=True, exclude={"like"}, exclude_defaults=True)
         differs = ", ".join(f"{key} = {value}" for key, value in said.items())
-        text += f" A variant of {variant.like}{': ' + differs if differs else ''}."
+        text += f". A variant of {variant.like}{': ' + differs if differs else ''}."
     return Paragraph(text, lead=f"{name}.")
 
 
@@ -73,6 +73,12 @@ def _statistics(spec: AblationSpec) -> list[Paragraph]:
             f"task counts the same. Pairs are taken as independent: a seed that moved the "
             f"difference the same way on every task would make p too small.",
             lead="Pairs:",
+        ),
+        Paragraph(
+            "a seed repeats the training, on the same test rows: only a planted task draws a new "
+            "problem for each. Other rows of a task, or other tasks, would move a difference too, "
+            "and neither p nor the interval covers that.",
+            lead="Reach:",
         ),
         Paragraph(
             "if two methods are alike, every pattern of signs of the paired differences is as "
