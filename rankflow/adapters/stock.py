@@ -20,18 +20,30 @@ def check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) 
     Raises:
         SiteError: The adapter is frozen, or its initialisation changed the base weights.
     """
-    init = model.peft_config[adapter_name].init_lora_weights
-    if isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE):
-        raise SiteError(
-            f"adapter {adapter_name!r} was made with init_lora_weights={init!r}, which moves part "
-            "of the base weight into the adapter at its first rank; use True or 'gaussian'"
-        )
+    check_initialisation(model.peft_config[adapter_name].init_lora_weights, adapter_name)
     frozen = [s.name for s in sites if not all(p.requires_grad for p in s.trained)]
     if frozen:
         raise SiteError(
             f"{len(frozen)} of {len(sites)} sites of adapter {adapter_name!r} are frozen, the "
             f"first is {frozen[0]!r}; activate the adapter with model.set_adapter("
             f"{adapter_name!r}) and load it with is_trainable=True"
+        )
+
+
+def check_initialisation(init: object, adapter_name: str) -> None:
+    """Check that an adapter's start left the base weights as they are.
+
+    Args:
+        init: ``init_lora_weights`` of its config.
+        adapter_name: The adapter.
+
+    Raises:
+        SiteError: It did not.
+    """
+    if isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE):
+        raise SiteError(
+            f"adapter {adapter_name!r} was made with init_lora_weights={init!r}, which moves part "
+            "of the base weight into the adapter at its first rank; use True or 'gaussian'"
         )
 
 
