@@ -62,7 +62,7 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     config: LoraConfig = model.peft_config[adapter_name]
     present = [site for site in sites if site.rank > 0 or site.magnitude is not None]
     ranks = {site.name: max(site.rank, 1) for site in present}
-    alphas = {site.name: _plain(site.scale * ranks[site.name]) for site in present}
+    alphas = {site.name: plain_alpha(site.scale * ranks[site.name]) for site in present}
     config.r = max(ranks.values(), default=1)
     config.lora_alpha = max(alphas.values(), default=1)
     config.rank_pattern = {_exactly(name): rank for name, rank in ranks.items()}
@@ -100,5 +100,6 @@ def _exactly(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _plain(alpha: float) -> float | int:
+def plain_alpha(alpha: float) -> float | int:
+    """Return an alpha as PEFT writes it: whole where it is whole."""
     return int(alpha) if alpha == int(alpha) else alpha

@@ -49,12 +49,12 @@ def compress(
 ) -> Compression:
     """Compress a LoRA or DoRA adapter in place, wholly or not at all.
 
-    Of a budget spec count the target, the bounds on ranks, ``magnitude`` (``always`` keeps those
-    that there are, ``never`` folds them into the components, ``budgeted`` does what errs less), and
-    a ``policy`` that prescribes ranks (``uniform``, ``random``, ``frozen``); any other policy stands
-    for the exact knapsack. All that speaks of time, of training and of scores is ignored.
-    Components that are zero go in any case. An optimizer made before does not train the adapter any
-    more.
+    Of a budget spec these keys count: the target; the bounds on ranks; ``magnitude``, where
+    ``always`` keeps the magnitudes that there are, ``never`` folds them into the components, and
+    ``budgeted`` does what errs less; and a ``policy`` that prescribes ranks (``uniform``,
+    ``random``, ``frozen``), while any other stands for the exact knapsack. All that speaks of time,
+    of training and of scores is ignored. Components that are zero go in any case. An optimizer made
+    before does not train the adapter any more.
 
     Args:
         model: A model with an adapter of any ranks, its base weights unmerged.

@@ -8,8 +8,8 @@ from typing import Literal
 from rankflow.budgeting import check_patterns, target_parameters
 from rankflow.errors import BudgetError, ExportError, SpecError
 from rankflow.export.decompose import Decomposition
-from rankflow.export.select import CurvePoint, choose, relative, smallest, tabulate, trace
-from rankflow.records import FloatArray, IntArray, SiteInfo
+from rankflow.export.select import choose, relative, smallest, tabulate, trace
+from rankflow.records import CurvePoint, FloatArray, IntArray, SiteInfo
 from rankflow.specs.budget import BudgetSpec, load_budget
 
 Worth = Literal["energy", "loss"]
@@ -181,6 +181,7 @@ class Decision:
 
 def decide_best(attempt: Callable[[bool], Decision], request: Request) -> Decision:
     """Decide in every way that a request allows, and take the one that errs least.
+
     Args:
         attempt: Decides, with the magnitudes folded into the components or not.
         request: What the adapter is to be compressed to.

@@ -28,27 +28,12 @@ from rankflow.allocation.policies import (
 from rankflow.budgeting import check_patterns, frozen_ranks
 from rankflow.errors import BudgetError
 from rankflow.export.decompose import Decomposition, squared_error
-from rankflow.records import ComponentTable, FloatArray, IntArray, SiteInfo
+from rankflow.records import ComponentTable, CurvePoint, FloatArray, IntArray, SiteInfo
 from rankflow.specs.budget import BudgetSpec
 
 _CURVE_POINTS: Final = 24
 _PRESCRIBED: Final = ("uniform", "random", "frozen")
 """Policies that look at no score."""
-
-
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """The error at one budget.
-
-    Attributes:
-        parameters: The budget.
-        error: Relative error if the components are chosen over all sites together.
-        uniform_error: Relative error if every site keeps the same rank, as far as it has it.
-    """
-
-    parameters: int
-    error: float
-    uniform_error: float
 
 
 @dataclass(frozen=True, slots=True)
