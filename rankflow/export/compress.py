@@ -132,7 +132,8 @@ def _check_sites(model: PeftModel, sites: Sequence[Site], adapter_name: str) -> 
 
 def _take_apart(site: Site, *, folds: bool) -> Decomposition:
     magnitude = site.magnitude
-    matrix = AdaptedMatrix(site.A.flatten(1), site.B.flatten(1), site.scale, magnitude)
+    A, B = site.A.flatten(1), site.B.flatten(1)
+    matrix = AdaptedMatrix(site.name, A, B, site.scale, magnitude)
     if magnitude is None:
         return decompose(matrix, None)
     return (fold if folds else decompose)(matrix, base_rows(site.layer))

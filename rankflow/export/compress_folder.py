@@ -61,9 +61,8 @@ class _Saved:
 
     @property
     def matrix(self) -> AdaptedMatrix:
-        return AdaptedMatrix(
-            self.A.flatten(1), self.B.flatten(1), self.summary.scale, self.magnitude
-        )
+        A, B = self.A.flatten(1), self.B.flatten(1)
+        return AdaptedMatrix(self.summary.name, A, B, self.summary.scale, self.magnitude)
 
     @property
     def kind(self) -> SiteKind:

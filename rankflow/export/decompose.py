@@ -33,6 +33,7 @@ from torch import Tensor
 
 from rankflow.adapters.base_weight import magnitude_factor
 from rankflow.adapters.row_norms import row_norms_of_sum
+from rankflow.errors import ExportError
 from rankflow.records import FloatArray, IntArray
 
 
@@ -41,12 +42,14 @@ class AdaptedMatrix:
     """One site as matrices, wherever it comes from.
 
     Attributes:
+        name: The site's name.
         A: Right factor, shape ``(rank, in)``.
         B: Left factor, shape ``(out, rank)``.
         scale: Factor of ``B A``.
         magnitude: DoRA's magnitude, shape ``(out,)``; None for LoRA.
     """
 
+    name: str
     A: Tensor
     B: Tensor
     scale: float
@@ -101,7 +104,11 @@ def decompose(matrix: AdaptedMatrix, weight: Tensor | None) -> Decomposition:
     Args:
         matrix: The site.
         weight: The base weight, shape ``(out, in)``; None for LoRA, which does not need it.
+
+    Raises:
+        ExportError: The site holds a number that is not finite.
     """
+    _check_finite(matrix)
     A, B = (t.detach().to("cpu", torch.float64) for t in (matrix.A, matrix.B))
     if matrix.magnitude is None:
         parts = _orthogonalise(A, B, B, matrix.scale)
@@ -125,8 +132,12 @@ def fold(matrix: AdaptedMatrix, weight: Tensor) -> Decomposition:
     Args:
         matrix: The site.
         weight: The base weight, shape ``(out, in)``.
+
+    Raises:
+        ExportError: The site holds a number that is not finite.
     """
     assert matrix.magnitude is not None, "only a magnitude can be folded away"
+    _check_finite(matrix)
     A, B, W = (t.detach().to("cpu", torch.float64) for t in (matrix.A, matrix.B, weight))
     magnitude = matrix.magnitude.detach().flatten().to("cpu", torch.float64)
     factor = magnitude_factor(magnitude, row_norms_of_sum(W, A, B, matrix.scale)).unsqueeze(1)
@@ -192,6 +203,15 @@ def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     right = torch.linalg.qr(A.detach().to("cpu", torch.float64).T)
     U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     return left.Q @ U, S, right.Q @ Vh.T
+
+
+def _check_finite(matrix: AdaptedMatrix) -> None:
+    tensors = [t for t in (matrix.A, matrix.B, matrix.magnitude) if t is not None]
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ExportError(
+            f"site {matrix.name!r} holds a number that is not finite: the training diverged; "
+            "compress an earlier checkpoint"
+        )
 
 
 @dataclass(frozen=True, slots=True)

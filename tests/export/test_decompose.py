@@ -47,7 +47,7 @@ def test_the_factored_svd_is_the_dense_one(out, rank, width):
 
 def test_all_components_of_lora_give_the_update_and_the_greatest_are_eckart_and_youngs():
     A, B, _, _ = draw()
-    part = decompose(AdaptedMatrix(A, B, SCALE, None), None)
+    part = decompose(AdaptedMatrix("site", A, B, SCALE, None), None)
     torch.testing.assert_close(part.B @ part.A, B @ A)
     U, S, Vh = torch.linalg.svd(SCALE * B @ A, full_matrices=False)
     assert part.change == pytest.approx(float(S.square().sum()))
@@ -60,7 +60,7 @@ def test_all_components_of_lora_give_the_update_and_the_greatest_are_eckart_and_
 
 def test_the_error_of_lora_is_exact_for_any_choice():
     A, B, _, _ = draw()
-    part = decompose(AdaptedMatrix(A, B, SCALE, None), None)
+    part = decompose(AdaptedMatrix("site", A, B, SCALE, None), None)
     for keep in choices(4):
         missing = SCALE * (B @ A - part.B[:, keep] @ part.A[keep])
         assert squared_error(part, keep) == pytest.approx(float(missing.square().sum()), abs=1e-12)
@@ -68,7 +68,7 @@ def test_the_error_of_lora_is_exact_for_any_choice():
 
 def test_the_error_of_dora_is_exact_for_any_choice_and_its_magnitude_the_best():
     A, B, W, m = draw()
-    part = decompose(AdaptedMatrix(A, B, SCALE, m), W)
+    part = decompose(AdaptedMatrix("site", A, B, SCALE, m), W)
     V = W + SCALE * B @ A
     before = normalised(m, V)
     assert part.change == pytest.approx(float((before - W).square().sum()))
@@ -88,14 +88,14 @@ def test_the_error_of_dora_is_exact_for_any_choice_and_its_magnitude_the_best():
 
 def test_at_the_scale_that_it_has_no_other_update_of_its_rank_is_nearer_to_dora():
     A, B, W, m = draw()
-    part = decompose(AdaptedMatrix(A, B, SCALE, m), W)
+    part = decompose(AdaptedMatrix("site", A, B, SCALE, m), W)
     c = (m / (W + SCALE * B @ A).norm(dim=1)).unsqueeze(1)
     U, S, Vh = torch.linalg.svd(c * SCALE * (B @ A), full_matrices=False)
     for rank in range(1, 5):
         best = U[:, :rank] * S[:rank] @ Vh[:rank]
         ours = c * SCALE * (part.B[:, :rank] @ part.A[:rank])
         torch.testing.assert_close(ours, best)
-    plain = decompose(AdaptedMatrix(A, B, SCALE, None), None)
+    plain = decompose(AdaptedMatrix("site", A, B, SCALE, None), None)
     unweighted = c * SCALE * (B @ A - plain.B[:, :2] @ plain.A[:2])
     assert part.energies[2:].sum() < float(unweighted.square().sum())
 
@@ -104,7 +104,7 @@ def test_the_choice_for_dora_is_near_what_alternating_least_squares_reaches():
     A, B, W, m = draw(out=12, rank=4, width=16)
     W = 4 * W  # an update that is small beside its weight, as in training
     before = normalised(m * 4, W + SCALE * B @ A)
-    part = decompose(AdaptedMatrix(A, B, SCALE, m * 4), W)
+    part = decompose(AdaptedMatrix("site", A, B, SCALE, m * 4), W)
     t = (m * 4 / (W + SCALE * B @ A).norm(dim=1)).unsqueeze(1)
     for _ in range(200):  # exact minimisation over the update, then over the rows' scales
         U, S, Vh = torch.linalg.svd(before - t * W, full_matrices=False)
@@ -118,7 +118,7 @@ def test_the_choice_for_dora_is_near_what_alternating_least_squares_reaches():
 
 def test_a_folded_dora_is_the_best_lora_of_its_rank():
     A, B, W, m = draw()
-    part = fold(AdaptedMatrix(A, B, SCALE, m), W)
+    part = fold(AdaptedMatrix("site", A, B, SCALE, m), W)
     change = normalised(m, W + SCALE * B @ A) - W
     S = torch.linalg.svdvals(change)
     assert part.change == pytest.approx(float(change.square().sum()))
@@ -134,27 +134,27 @@ def test_components_of_zero_are_no_components():
     A, B, W, m = draw()
     B[:, 1] = 0
     A[3] = A[0]
-    assert len(decompose(AdaptedMatrix(A, B, SCALE, None), None).energies) == 2
-    assert len(decompose(AdaptedMatrix(A, B, SCALE, m), W).energies) == 2
+    assert len(decompose(AdaptedMatrix("site", A, B, SCALE, None), None).energies) == 2
+    assert len(decompose(AdaptedMatrix("site", A, B, SCALE, m), W).energies) == 2
 
 
 @pytest.mark.parametrize("scale", [0.0, SCALE])
 def test_a_site_without_components_only_has_its_magnitude(scale):
     A, B, W, m = draw(rank=0 if scale else 4)
-    part = decompose(AdaptedMatrix(A, B, scale, m), W)
+    part = decompose(AdaptedMatrix("site", A, B, scale, m), W)
     assert part.energies.size == 0
     assert part.change == pytest.approx(float((normalised(m, W) - W).square().sum()))
     nothing = np.zeros(0, dtype=np.int64)
     torch.testing.assert_close(magnitude_after(part, nothing), m)
     assert squared_error(part, nothing) == 0
-    assert fold(AdaptedMatrix(A, B, scale, m), W).energies.size == 0
+    assert fold(AdaptedMatrix("site", A, B, scale, m), W).energies.size == 0
 
 
 def test_rows_of_zero_magnitude_and_of_zero_weight_are_no_trouble():
     A, B, W, m = draw()
     m[0] = 0
     W[1], B[1], m[1] = 0, 0, 0
-    part = decompose(AdaptedMatrix(A, B, SCALE, m), W)
+    part = decompose(AdaptedMatrix("site", A, B, SCALE, m), W)
     keep = np.arange(2)
     magnitude = magnitude_after(part, keep)
     assert torch.isfinite(part.B).all()
