@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from rankflow.adapters.dora import accelerate_dora as accelerate_dora
     from rankflow.engine import RankFlow as RankFlow
     from rankflow.export.card import AdapterFacts as AdapterFacts
+    from rankflow.export.compress import compress as compress
+    from rankflow.export.compression import Compression as Compression
     from rankflow.export.peft import export_adapter as export_adapter
     from rankflow.integrations.huggingface import RankFlowCallback as RankFlowCallback
     from rankflow.integrations.huggingface import RankFlowTrainer as RankFlowTrainer
@@ -16,10 +18,12 @@ if TYPE_CHECKING:
 # wait for torch.
 _HOMES = {
     "AdapterFacts": "rankflow.export.card",
+    "Compression": "rankflow.export.compression",
     "RankFlow": "rankflow.engine",
     "RankFlowCallback": "rankflow.integrations.huggingface",
     "RankFlowTrainer": "rankflow.integrations.huggingface",
     "accelerate_dora": "rankflow.adapters.dora",
+    "compress": "rankflow.export.compress",
     "export_adapter": "rankflow.export.peft",
     "load_budget": "rankflow.specs.budget",
 }

@@ -63,9 +63,9 @@ def resolve_budget(
             to reallocate.
     """
     pools = with_pools(sites)
-    _check_patterns("bounds", spec.bounds, sites)
-    _check_patterns("ranks", spec.ranks, pools)
-    target = _target_parameters(spec, sites, base_parameters, bytes_per_parameter)
+    check_patterns("bounds", spec.bounds, sites)
+    check_patterns("ranks", spec.ranks, pools)
+    target = target_parameters(spec, sites, base_parameters, bytes_per_parameter)
     start = int(target * spec.start)
     if spec.magnitude == "budgeted" and len(pools) == len(sites):
         raise BudgetError(
@@ -101,9 +101,17 @@ def _with_all_magnitudes(
     return held if feasible_range(held)[0] <= start else pools
 
 
-def _target_parameters(
+def target_parameters(
     spec: BudgetSpec, sites: Sequence[SiteInfo], base_parameters: int, bytes_per_parameter: int
 ) -> int:
+    """Return the trainable adapter parameters that a budget's target stands for.
+
+    Args:
+        spec: The budget.
+        sites: All sites of the adapter.
+        base_parameters: Parameters of the base model, for a target given as a fraction.
+        bytes_per_parameter: Bytes of one adapter parameter, for a target given in bytes.
+    """
     key, value = spec.target
     match key:
         case "rank":
@@ -127,7 +135,12 @@ def _check_range(name: str, sites: Sequence[SiteInfo], limit: int) -> None:
         )
 
 
-def _check_patterns(key: str, patterns: Iterable[str], sites: Sequence[SiteInfo]) -> None:
+def check_patterns(key: str, patterns: Iterable[str], sites: Sequence[SiteInfo]) -> None:
+    """Check that every pattern of a budget's key speaks of a site.
+
+    Raises:
+        BudgetError: One matches none.
+    """
     for pattern in patterns:
         if not any(match_pattern([pattern], site.name) for site in sites):
             raise BudgetError(
@@ -155,7 +168,7 @@ def _make_scheduler(
         cooldown_steps=cooldown,
         stages=spec.stages,
     )
-    pattern = _frozen_ranks(spec.ranks, sites, pools) if spec.policy == "frozen" else None
+    pattern = frozen_ranks(spec.ranks, sites, pools) if spec.policy == "frozen" else None
     return Scheduler(
         policy=make_policy(spec.policy, seed=spec.seed, pattern=pattern),
         budget_at=schedule,
@@ -169,10 +182,19 @@ def _make_scheduler(
     )
 
 
-def _frozen_ranks(
+def frozen_ranks(
     ranks: dict[str, int], sites: Sequence[SiteInfo], pools: Sequence[SiteInfo]
 ) -> IntArray:
-    """Return the frozen rank of each site and pool; a magnitude that is not named stays on."""
+    """Return the frozen rank of each site and pool; a magnitude that is not named stays on.
+
+    Args:
+        ranks: Ranks by pattern.
+        sites: The S sites.
+        pools: The sites, and behind them the pools of their budgeted magnitudes.
+
+    Raises:
+        BudgetError: No pattern matches a site.
+    """
     frozen = []
     for site in sites:
         pattern = match_pattern(ranks, site.name)

@@ -122,6 +122,53 @@ def export(
 
 
 @app.command()
+def compress(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or a hub id.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    budget: Annotated[
+        str | None, typer.Option(metavar="BUDGET", help="Parameters, a preset, or a TOML file.")
+    ] = None,
+    rank: Annotated[
+        float | None, typer.Option(help="As many parameters as plain LoRA of this rank has.")
+    ] = None,
+    params: Annotated[int | None, typer.Option(help="Parameters, magnitudes included.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="The smallest adapter of at most this relative error.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model of a DoRA adapter: 'minilm', a folder, or a hub id; by default "
+            "the one that the adapter names."
+        ),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the error curve to this file.")] = None,
+    ranks: Annotated[
+        Path | None, typer.Option(help="Write the ranks to this TOML file, a budget for a new run.")
+    ] = None,
+) -> None:
+    """Compress any LoRA or DoRA adapter to a budget, or to an error."""
+    from rankflow.export.command import find_source, parse_budget, run_compress
+
+    request = parse_budget(budget, rank, params, error)
+    from rankflow.analysis.base_rows import read_base_rows
+    from rankflow.export.inspect import inspect_adapter
+
+    source = find_source(adapter)
+    named = inspect_adapter(source).base_model if base is None else base
+    run_compress(
+        source,
+        output,
+        request,
+        error=error,
+        base_rows=lambda sites: read_base_rows(named, sites),
+        png=png,
+        ranks=ranks,
+        console=Console(),
+    )
+
+
+@app.command()
 def bench(
     cases: Annotated[
         list[str] | None, typer.Option("--case", metavar="NAME", help="Only this one; repeatable.")

@@ -230,3 +230,18 @@ class RankEvent:
     born: tuple[ComponentChange, ...]
     seconds: float
     magnitudes: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """The error of a compressed adapter at one budget.
+
+    Attributes:
+        parameters: The budget.
+        error: Relative error if the components are chosen over all sites together.
+        uniform_error: Relative error if every site keeps the same rank, as far as it has it.
+    """
+
+    parameters: int
+    error: float
+    uniform_error: float

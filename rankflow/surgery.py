@@ -8,7 +8,7 @@ Parameters are replaced by new ``nn.Parameter`` objects inside the existing ``pa
 not re-keyed never moves again, with no error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,6 +132,27 @@ def resize_in_place(
             parameters[name].grad = None
             parameters[name].data = data
         part.site.install(**parameters)
+
+
+def replace(sites: Sequence[Site], tensors: Sequence[Mapping[str, Tensor]]) -> None:
+    """Put other tensors of any rank in the place of the sites' own, wholly or not at all.
+
+    An optimizer made before does not train them.
+
+    Args:
+        sites: The sites.
+        tensors: For each site its new A and B and, if that changes, its magnitude, by the names of
+            ``Site.install``; an empty magnitude turns it off.
+    """
+    changes = []
+    for site, named in zip(sites, tensors, strict=True):
+        old = site.named_parameters
+        replacements = {
+            name: _Replacement(old[name], _like(old[name], new), None, None)
+            for name, new in named.items()
+        }
+        changes.append(_SiteChange(site, replacements))
+    _commit(changes, None)
 
 
 def adopt_gate(site: Site, optimizer: Optimizer) -> None:
@@ -283,13 +304,17 @@ def _replace(
     optimizer: Optimizer | None,
     places: dict[nn.Parameter, tuple[int, int]],
 ) -> _Replacement:
-    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    new = _like(old, data)
     if optimizer is not None and old.requires_grad and old not in places:
         raise SurgeryError(
             f"the optimizer does not train the adapter of site {site.name!r}; build it from "
             "the model's trainable parameters, and pass flow.step() that optimizer"
         )
     return _Replacement(old, new, state, places.get(old))
+
+
+def _like(old: nn.Parameter, data: Tensor) -> nn.Parameter:
+    return nn.Parameter(data, requires_grad=old.requires_grad)
 
 
 def _factor_state(

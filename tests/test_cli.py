@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from rankflow.cli import app
@@ -81,7 +81,7 @@ def test_help_lists_the_commands_and_imports_no_torch():
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    for command in ("train", "plan", "inspect", "budgets"):
+    for command in ("train", "plan", "inspect", "compress", "budgets"):
         assert f"│ {command} " in result.stdout
     assert "loaded: []" in result.stdout
 
@@ -227,3 +227,68 @@ def test_a_command_misspelt_is_refused_with_the_closest_one():
     result = run_command("trian")
     assert result.exit_code == 2
     assert "Did you mean 'train'" in result.stderr
+
+
+@pytest.fixture
+def trained_adapter(adapter):
+    """The adapter with numbers in it."""
+    shapes = load_file(adapter / "adapter_model.safetensors")
+    draw = np.random.default_rng(0)
+    weights = {key: draw.normal(size=v.shape).astype(np.float32) for key, v in shapes.items()}
+    save_file(weights, adapter / "adapter_model.safetensors")
+    return adapter
+
+
+def test_compress_writes_an_adapter_a_curve_and_a_budget(trained_adapter, tmp_path):
+    small, png, ranks = tmp_path / "small", tmp_path / "curve.png", tmp_path / "ranks.toml"
+    result = run_command(
+        "compress",
+        *(trained_adapter, "--params", 40, "--output", small, "--png", png, "--ranks", ranks),
+    )
+    assert result.exit_code == 0, result.output
+    assert "uniform ranks" in result.output
+    assert "36 of 72 parameters (50%) at a relative error of" in result.output
+    assert png.read_bytes().startswith(PNG_SIGNATURE)
+    weights = load_file(small / "adapter_model.safetensors")
+    assert sum(tensor.size for tensor in weights.values()) == 36
+    budget = load_budget(ranks)
+    assert (budget.policy, budget.params) == ("frozen", 36)
+    assert sum(budget.frozen_rank_of(f"layers.{site}") for site in ("0.q", "0.v", "1.q")) == 3
+
+
+@pytest.mark.parametrize(
+    "target", [("--budget", "40"), ("--budget", "hybrid", "--params", "40"), ("--rank", "1.12")]
+)
+def test_compress_takes_its_budget_in_several_ways(target, trained_adapter, tmp_path):
+    result = run_command("compress", trained_adapter, *target, "--output", tmp_path / "small")
+    assert "36 of 72 parameters" in result.output, result.output
+
+
+def test_compress_finds_the_smallest_adapter_for_an_error(trained_adapter, tmp_path):
+    result = run_command("compress", trained_adapter, "--error", 0, "--output", tmp_path / "s")
+    assert "72 of 72 parameters (100%) at a relative error of 0.0000" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "say how much may be left"),
+        (("--rank", 1, "--error", 0.1), "--rank and --error each say how much may be left"),
+        (("--budget", "hybrid", "--error", 0.1), "--error takes the place of a budget"),
+        (("--budget", "40", "--params", 40), "--params and --budget each say"),
+        (("--params", 400), "is more than the 72 that the adapter has"),
+        (("--params", 3), "buys no component"),
+        (("--budget", "hybird"), "did you mean 'hybrid'?"),
+    ],
+)
+def test_compress_refuses_what_makes_no_sense(options, message, trained_adapter, tmp_path):
+    result = run_command("compress", trained_adapter, *options, "--output", tmp_path / "small")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "small").exists()
+
+
+def test_compress_of_a_missing_adapter_says_so(tmp_path):
+    result = run_command("compress", tmp_path / "no", "--rank", 1, "--output", tmp_path / "small")
+    assert result.exit_code == 2
+    assert "is no folder here, and cannot be fetched from the hub" in result.stderr

@@ -20,18 +20,30 @@ def check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) 
     Raises:
         SiteError: The adapter is frozen, or its initialisation changed the base weights.
     """
-    init = model.peft_config[adapter_name].init_lora_weights
-    if isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE):
-        raise SiteError(
-            f"adapter {adapter_name!r} was made with init_lora_weights={init!r}, which moves part "
-            "of the base weight into the adapter at its first rank; use True or 'gaussian'"
-        )
+    check_initialisation(model.peft_config[adapter_name].init_lora_weights, adapter_name)
     frozen = [s.name for s in sites if not all(p.requires_grad for p in s.trained)]
     if frozen:
         raise SiteError(
             f"{len(frozen)} of {len(sites)} sites of adapter {adapter_name!r} are frozen, the "
             f"first is {frozen[0]!r}; activate the adapter with model.set_adapter("
             f"{adapter_name!r}) and load it with is_trainable=True"
+        )
+
+
+def check_initialisation(init: object, adapter_name: str) -> None:
+    """Check that an adapter's start left the base weights as they are.
+
+    Args:
+        init: ``init_lora_weights`` of its config.
+        adapter_name: The adapter.
+
+    Raises:
+        SiteError: It did not.
+    """
+    if isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE):
+        raise SiteError(
+            f"adapter {adapter_name!r} was made with init_lora_weights={init!r}, which moves part "
+            "of the base weight into the adapter at its first rank; use True or 'gaussian'"
         )
 
 
@@ -50,7 +62,7 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     config: LoraConfig = model.peft_config[adapter_name]
     present = [site for site in sites if site.rank > 0 or site.magnitude is not None]
     ranks = {site.name: max(site.rank, 1) for site in present}
-    alphas = {site.name: _plain(site.scale * ranks[site.name]) for site in present}
+    alphas = {site.name: plain_alpha(site.scale * ranks[site.name]) for site in present}
     config.r = max(ranks.values(), default=1)
     config.lora_alpha = max(alphas.values(), default=1)
     config.rank_pattern = {_exactly(name): rank for name, rank in ranks.items()}
@@ -88,5 +100,6 @@ def _exactly(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _plain(alpha: float) -> float | int:
+def plain_alpha(alpha: float) -> float | int:
+    """Return an alpha as PEFT writes it: whole where it is whole."""
     return int(alpha) if alpha == int(alpha) else alpha

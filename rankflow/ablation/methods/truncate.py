@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from rankflow import surgery
 from rankflow.ablation.methods.method import UnsupportedError
@@ -27,6 +26,7 @@ from rankflow.adapters.sites import Site, find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import sync_config
 from rankflow.allocation.policies import allocate_knapsack, plan_from_ranks
+from rankflow.export.decompose import factored_svd
 from rankflow.records import ComponentTable, FloatArray, IntArray
 
 
@@ -96,23 +96,6 @@ def _diagonalise(site: Site) -> FloatArray:
     site.B.copy_(grow(U * S.sqrt(), 1, spare).view(site.B.shape))
     site.A.copy_(grow(V * S.sqrt(), 1, spare).T.reshape(site.A.shape))
     return grow((site.scale * S) ** 2, 0, spare).numpy()
-
-
-def factored_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the SVD of B A in float64 on the CPU, without forming the product.
-
-    Args:
-        B: Shape ``(out, rank)``.
-        A: Shape ``(rank, in)``.
-
-    Returns:
-        U ``(out, k)``, S ``(k,)`` descending, and V ``(in, k)`` with ``B A = U diag(S) V^T``, where
-        k is the least of rank, out and in.
-    """
-    left = torch.linalg.qr(B.detach().to("cpu", torch.float64))
-    right = torch.linalg.qr(A.detach().to("cpu", torch.float64).T)
-    U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-    return left.Q @ U, S, right.Q @ Vh.T
 
 
 def _tabulate(sites: Sequence[Site], energies: Sequence[FloatArray]) -> ComponentTable:

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 import rankflow as rf
 from rankflow.ablation.methods.method import UnsupportedError
-from rankflow.ablation.methods.truncate import factored_svd, truncate
+from rankflow.ablation.methods.truncate import truncate
 from rankflow.adapters.base_weight import base_rows
 from rankflow.adapters.sites import find_sites
 from rankflow.errors import BudgetError
@@ -29,20 +29,6 @@ def best_approximation(matrix, rank):
 
 def magnitudes_of(sites):
     return sum(0 if site.magnitude is None else site.magnitude.numel() for site in sites)
-
-
-@pytest.mark.parametrize(("out", "rank", "width"), [(7, 3, 5), (4, 4, 9), (3, 5, 8), (6, 4, 2)])
-def test_the_factored_svd_is_the_dense_one(out, rank, width):
-    B, A = torch.randn(out, rank), torch.randn(rank, width)
-    U, S, V = factored_svd(B, A)
-    dense = B.double() @ A.double()
-    expected = torch.linalg.svdvals(dense)
-    assert len(S) == min(out, rank, width)
-    torch.testing.assert_close(S, expected[: len(S)])
-    torch.testing.assert_close(U * S @ V.T, dense)
-    eye = torch.eye(len(S), dtype=torch.float64)
-    torch.testing.assert_close(U.T @ U, eye)
-    torch.testing.assert_close(V.T @ V, eye)
 
 
 @pytest.mark.parametrize("fraction", [0.2, 0.5, 0.8])

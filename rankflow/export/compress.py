@@ -1,0 +1,154 @@
+"""Compress a trained adapter under a parameter budget, whoever trained it.
+
+The adapter is taken apart into orthogonal components (``rankflow.export.decompose``), and those
+that stay are chosen over all sites together (``rankflow.export.select``), by their energy or by
+what they are worth to a measured loss (``rankflow.export.calibrate``).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from rankflow import surgery
+from rankflow.adapters.base_weight import base_rows, count_base_parameters
+from rankflow.adapters.magnitude import empty_magnitude
+from rankflow.adapters.sites import Site, find_sites
+from rankflow.adapters.state_dicts import translate_state_dicts
+from rankflow.adapters.stock import check_initialisation, sync_config
+from rankflow.errors import ExportError, SpecError
+from rankflow.export.calibrate import Loss, loss_scores
+from rankflow.export.compression import (
+    Anatomy,
+    Compression,
+    Decision,
+    Request,
+    decide,
+    decide_best,
+)
+from rankflow.export.decompose import (
+    AdaptedMatrix,
+    Decomposition,
+    decompose,
+    fold,
+    magnitude_after,
+)
+from rankflow.records import IntArray
+from rankflow.specs.budget import BudgetSpec
+
+
+def compress(
+    model: PeftModel,
+    budget: BudgetSpec | int | None = None,
+    *,
+    error: float | None = None,
+    adapter_name: str = "default",
+    loss: Loss | None = None,
+    batches: Iterable[Any] | None = None,
+) -> Compression:
+    """Compress a LoRA or DoRA adapter in place, wholly or not at all.
+
+    Of a budget spec these keys count: the target; the bounds on ranks; ``magnitude``, where
+    ``always`` keeps the magnitudes that there are, ``never`` folds them into the components, and
+    ``budgeted`` does what errs less; and a ``policy`` that prescribes ranks (``uniform``,
+    ``random``, ``frozen``), while any other stands for the exact knapsack. All that speaks of time,
+    of training and of scores is ignored. Components that are zero go in any case. An optimizer made
+    before does not train the adapter any more.
+
+    Args:
+        model: A model with an adapter of any ranks, its base weights unmerged.
+        budget: What may be left: a budget from ``load_budget``, or a number of parameters,
+            magnitudes included.
+        error: Instead of a budget, the largest relative error allowed; the smallest adapter within
+            it is kept.
+        adapter_name: The adapter.
+        loss: From a batch to the loss of the model on it: components are then chosen by what they
+            are worth to it, instead of by their energy.
+        batches: The calibration set for ``loss``, batches of one size.
+
+    Returns:
+        What is left, and the error at this and at other budgets.
+
+    Raises:
+        SpecError: Not exactly one of ``budget`` and ``error``, or ``loss`` without ``batches``.
+        BudgetError: The budget is more than the adapter has or less than its bounds and magnitudes
+            need, or the error is out of reach.
+        ExportError: The adapter cannot be compressed.
+        RankFlowError: The loss is not fit for calibration.
+        SiteError: The model has no such adapter.
+    """
+    request = Request(budget, error)
+    if (loss is None) != (batches is None):
+        raise SpecError("calibration needs both loss and batches; give both, or neither")
+    if loss is not None and True in request.ways:
+        raise SpecError(
+            "calibration scores the components that there are, not those that magnitudes are "
+            "folded into; set magnitude = 'always', or leave loss and batches out"
+        )
+    sites = find_sites(model, adapter_name)
+    _check_sites(model, sites, adapter_name)
+    infos = tuple(site.describe(*request.bounds_of(site.name)) for site in sites)
+    before = sum(site.parameters for site in sites)
+    limit = request.limit(
+        infos,
+        before,
+        base_parameters=count_base_parameters(model),
+        bytes_per_parameter=sites[0].A.element_size(),
+    )
+    ranks = tuple(site.rank for site in sites)
+
+    def attempt(folds: bool) -> Decision:
+        parts = tuple(_take_apart(site, folds=folds) for site in sites)
+        scores = None
+        if loss is not None and batches is not None:
+            scores = loss_scores(model, sites, parts, loss, batches)
+        return decide(Anatomy(infos, parts, ranks, before), request, limit, scores)
+
+    decision = decide_best(attempt, request)
+    triples = zip(sites, decision.parts, decision.keep, strict=True)
+    rebuilt = [_rebuild(site, part, keep) for site, part, keep in triples]
+    surgery.replace(sites, rebuilt)
+    sync_config(model, adapter_name, sites)
+    for site in sites:
+        translate_state_dicts(site.layer, adapter_name)
+    return decision.record
+
+
+def _check_sites(model: PeftModel, sites: Sequence[Site], adapter_name: str) -> None:
+    check_initialisation(model.peft_config[adapter_name].init_lora_weights, adapter_name)
+    for site in sites:
+        if site.gate is not None:
+            raise ExportError(
+                f"site {site.name!r} has gated components; export the adapter, which folds the "
+                "gates into B, and compress what was exported"
+            )
+        if site.layer.merged:
+            raise ExportError(
+                f"site {site.name!r} is merged into its base weight; call model.unmerge_adapter() "
+                "first"
+            )
+
+
+def _take_apart(site: Site, *, folds: bool) -> Decomposition:
+    magnitude = site.magnitude
+    A, B = site.A.flatten(1), site.B.flatten(1)
+    matrix = AdaptedMatrix(site.name, A, B, site.scale, magnitude)
+    if magnitude is None:
+        return decompose(matrix, None)
+    return (fold if folds else decompose)(matrix, base_rows(site.layer))
+
+
+def _rebuild(site: Site, part: Decomposition, keep: IntArray) -> dict[str, Tensor]:
+    """Return the site's tensors with these components, by the names of ``Site.install``."""
+    A, B = part.A[keep], part.B[:, keep]
+    tensors = {
+        "A": A.to(site.A).view(len(A), *site.A.shape[1:]),
+        "B": B.to(site.B).view(len(B), len(A), *site.B.shape[2:]),
+    }
+    slot, old = site.magnitude_slot, site.magnitude
+    if slot is None or old is None:
+        return tensors
+    magnitude = magnitude_after(part, keep)
+    new = empty_magnitude(slot) if magnitude is None else magnitude.to(old).view(old.shape)
+    return tensors | {"magnitude": new}
