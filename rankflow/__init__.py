@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from rankflow.adapters.dora import accelerate_dora as accelerate_dora
     from rankflow.engine import RankFlow as RankFlow
     from rankflow.export.card import AdapterFacts as AdapterFacts
+    from rankflow.export.options import ExportOptions as ExportOptions
     from rankflow.export.peft import export_adapter as export_adapter
     from rankflow.integrations.huggingface import RankFlowCallback as RankFlowCallback
     from rankflow.integrations.huggingface import RankFlowTrainer as RankFlowTrainer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # wait for torch.
 _HOMES = {
     "AdapterFacts": "rankflow.export.card",
+    "ExportOptions": "rankflow.export.options",
     "RankFlow": "rankflow.engine",
     "RankFlowCallback": "rankflow.integrations.huggingface",
     "RankFlowTrainer": "rankflow.integrations.huggingface",
