@@ -12,6 +12,7 @@ from rankflow.adapters.sites import Site, find_sites
 from rankflow.errors import ExportError
 from rankflow.export.copies import copy_base
 from rankflow.export.job import ExportJob
+from rankflow.export.loading import without_repeated_notes
 from rankflow.export.probe import (
     SEED,
     Probe,
@@ -80,7 +81,8 @@ def check_adapter(
 
 def _load(base: nn.Module, folder: Path) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(base, folder).eval()
+        with without_repeated_notes():
+            return PeftModel.from_pretrained(base, folder).eval()
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ExportError(
             f"{LOADER} cannot load what was written: {error!r}; nothing is left of it"

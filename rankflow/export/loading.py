@@ -1,5 +1,8 @@
 """Load an adapter's folder on its base model, by transformers and PEFT alone."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +33,20 @@ _CLASSES: Final = {
 _CLASSIFIERS: Final = ("SEQ_CLS", "TOKEN_CLS")
 # The last layer of a classifier, as transformers names it.
 _LAST_LAYERS: Final = ("classifier", "out_proj", "score")
+_NOTES: Final = (
+    "fan_in_fan_out is set to",
+    "Model (has|with) `tie_word_embeddings=True`",
+    "`is_gradient_checkpointing` is deprecated",  # PEFT 0.21 asks for it under its old name
+)
+
+
+@contextmanager
+def without_repeated_notes() -> Iterator[None]:
+    """Hide what PEFT says whenever it wraps a model, and so said when the adapter was made."""
+    with warnings.catch_warnings():
+        for note in _NOTES:
+            warnings.filterwarnings("ignore", message=note)
+        yield
 
 
 def load_adapted(adapter: Path, base_model: str | None = None) -> PeftModel:
@@ -61,7 +78,8 @@ def load_adapted(adapter: Path, base_model: str | None = None) -> PeftModel:
             base = _load_own_class(name)
         else:
             base = _CLASSES[task].from_pretrained(name, **settings)
-        return PeftModel.from_pretrained(base, adapter)
+        with without_repeated_notes():
+            return PeftModel.from_pretrained(base, adapter)
     except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(
             f"cannot load the adapter {adapter} on the base model {name!r}: {error}; name another "

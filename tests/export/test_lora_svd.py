@@ -124,8 +124,6 @@ def test_the_trained_head_travels_along(make_adapted, tmp_path):
     assert torch.equal(tensors["base_model.model.classifier.weight"], live)
 
 
-# One config serves layers of both orientations; PEFT corrects the flag and says so.
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 def test_every_kind_of_layer_becomes_lora(mixed, tmp_path):
     model = mixed(use_dora=True)
     tokens = torch.randint(12, (3, 4))
