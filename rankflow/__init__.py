@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rankflow.export.card import AdapterFacts as AdapterFacts
     from rankflow.export.compress import compress as compress
     from rankflow.export.compression import Compression as Compression
+    from rankflow.export.options import ExportOptions as ExportOptions
     from rankflow.export.peft import export_adapter as export_adapter
     from rankflow.integrations.huggingface import RankFlowCallback as RankFlowCallback
     from rankflow.integrations.huggingface import RankFlowTrainer as RankFlowTrainer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdapterFacts": "rankflow.export.card",
     "Compression": "rankflow.export.compression",
+    "ExportOptions": "rankflow.export.options",
     "RankFlow": "rankflow.engine",
     "RankFlowCallback": "rankflow.integrations.huggingface",
     "RankFlowTrainer": "rankflow.integrations.huggingface",

@@ -110,15 +110,42 @@ def inspect(
 def export(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run or a checkpoint.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
+    format: Annotated[
+        str, typer.Option(help="peft, peft-uniform (vLLM and the like), merged, or lora-svd.")
+    ] = "peft",
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base model, a folder or hub id, if not the one that it names."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="merged: type of the weights.")] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="merged: largest file, 5GB by default.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="peft-uniform: the one rank. lora-svd: a budget to share.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="lora-svd: largest relative error of the change, 0.01 by default."),
+    ] = None,
 ) -> None:
-    """Write the adapter of a run or of a checkpoint as a stock PEFT folder."""
-    from rankflow.export.folder import export_folder
+    """Write the adapter of a run or of a checkpoint for other programs, checked by their loader."""
+    from rankflow.export.formats import find_format
+    from rankflow.export.options import ExportOptions
 
-    folder = export_folder(source, output)
-    Console().print(
-        f"Stock PEFT adapter written to {folder}; its README.md tells how to load it",
-        soft_wrap=True,
+    options = ExportOptions(
+        rank=rank, max_error=max_error, dtype=dtype, max_shard_size=max_shard_size
     )
+    chosen = find_format(format)  # refusals show before the slow import below
+    options.check(chosen)
+    from rankflow.export.folder import export_folder
+    from rankflow.export.report import read_report, tell
+
+    folder = export_folder(source, output, format=format, base_model=base, options=options)
+    console = Console()
+    console.print(f"{folder} holds {chosen.writes}", soft_wrap=True)
+    for line in tell(read_report(folder)):
+        console.print(f"  {line}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -67,7 +67,7 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     config.lora_alpha = max(alphas.values(), default=1)
     config.rank_pattern = {_exactly(name): rank for name, rank in ranks.items()}
     config.alpha_pattern = {_exactly(name): alpha for name, alpha in alphas.items()}
-    config.target_modules = _targets(ranks, model.get_base_model())
+    config.target_modules = exact_targets(ranks, model.get_base_model())
     config.use_rslora = False
     config.use_dora = any(site.magnitude is not None for site in sites)
     for site in sites:  # a state dict holds all magnitudes or none
@@ -78,8 +78,16 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     config.layers_pattern = None
 
 
-def _targets(names: Iterable[str], base: nn.Module) -> set[str] | str:
-    """Return the names, or a regex where PEFT would take a name for the end of another one."""
+def exact_targets(names: Iterable[str], base: nn.Module) -> set[str] | str:
+    """Return what PEFT must be given as ``target_modules`` to adapt these modules and no others.
+
+    Args:
+        names: Module paths from the base model's root.
+        base: The base model, wrapped or not.
+
+    Returns:
+        The names, or a regex where PEFT would take a name for the end of another one.
+    """
     kept = set(names)
     if _is_suffix_of_another(kept, base):
         return "|".join(re.escape(name) for name in sorted(kept))

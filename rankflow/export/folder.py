@@ -1,42 +1,94 @@
-"""Export an adapter from what a run left on disk, without loading its base model."""
+"""Export an adapter from what a run left on disk."""
 
 import re
 import shutil
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from rankflow.errors import ExportError
-from rankflow.export.inspect import CONFIG, WEIGHTS, inspect_adapter
-from rankflow.export.peft import write_adapter
+from rankflow.export.formats import find_format
+from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, inspect_adapter
+from rankflow.export.loading import load_adapted
+from rankflow.export.options import ExportOptions
+from rankflow.export.peft import export_adapter, write_adapter
+from rankflow.export.report import ExportReport, measure_files, write_report
 
 
-def export_folder(source: str | Path, output: str | Path) -> Path:
-    """Write the adapter of a run, a checkpoint or an adapter folder as a stock PEFT adapter.
+def export_folder(
+    source: str | Path,
+    output: str | Path,
+    *,
+    format: str = "peft",
+    base_model: str | None = None,
+    options: ExportOptions | None = None,
+) -> Path:
+    """Write the adapter of a run, a checkpoint or an adapter folder for other programs.
+
+    The stock PEFT format needs no base model: its tensors are compared bit by bit. With
+    ``base_model``, and for every other format, the base is loaded and outputs are compared.
 
     Args:
         source: A run's folder (its ``adapter``, or its newest checkpoint if it did not finish), a
             checkpoint's folder, or an adapter's.
         output: The folder to write.
+        format: One of ``rankflow.export.formats.FORMATS``.
+        base_model: A folder or hub id; by default the one that the adapter names.
+        options: What the format leaves open.
 
     Returns:
         The folder.
 
     Raises:
-        ExportError: There is no adapter in ``source``, or the output holds something else.
+        ExportError: There is no adapter in ``source``, the output holds something else, the base
+            model cannot be loaded, or the format cannot say what the adapter computes.
         RankFlowError: The adapter is damaged.
     """
+    chosen, options = find_format(format), options or ExportOptions()
+    options.check(chosen)
     adapter = find_adapter(Path(source))
     summary = inspect_adapter(adapter)
+    if format == "peft" and base_model is None:
+        return _copy(adapter, summary, Path(output))
+    model = load_adapted(adapter, base_model)
+    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    if "tokenizer" in chosen.options and options.tokenizer is None and has_tokenizer:
+        options = replace(options, tokenizer=AutoTokenizer.from_pretrained(adapter))
+    return export_adapter(model, output, format=format, options=options)
+
+
+def _copy(adapter: Path, summary: AdapterSummary, output: Path) -> Path:
+    """Write an adapter again without its base model."""
     return write_adapter(
-        Path(output),
+        output,
         load_file(adapter / WEIGHTS),
         save_config=lambda folder: shutil.copyfile(adapter / CONFIG, folder / CONFIG),
         ranks=summary.ranks,
         trained=summary.trained_parameters,
         base_model=summary.base_model,
         facts=None,
+        check=lambda folder: _report_copy(folder, summary),
     )
+
+
+def _report_copy(folder: Path, summary: AdapterSummary) -> None:
+    parameters, size = measure_files(folder)
+    chosen = find_format("peft")
+    report = ExportReport(
+        format=chosen.name,
+        rankflow=version("rankflow"),
+        loads_in=chosen.loads_in,
+        fails_in=chosen.fails_in,
+        checked_by="safetensors, every tensor bit by bit",
+        parameters=parameters,
+        bytes=size,
+        largest_rank=max(summary.ranks.values()),
+        not_probed="the base model was not loaded; name it with --base",
+    )
+    write_report(folder, report)
 
 
 def find_adapter(source: Path) -> Path:

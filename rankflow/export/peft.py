@@ -1,8 +1,9 @@
-"""Export an adapter that stock PEFT loads, with the outputs of the model in memory."""
+"""Export an adapter so that its consumer computes what the model in memory computes."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,9 +19,17 @@ from rankflow.adapters.stock import sync_config
 from rankflow.durable import new_folder
 from rankflow.errors import ExportError
 from rankflow.export.card import AdapterFacts, write_card
+from rankflow.export.check import check_adapter, judge_exact
+from rankflow.export.formats import find_format
 from rankflow.export.inspect import CONFIG, FACTS, WEIGHTS
+from rankflow.export.job import ExportJob
+from rankflow.export.options import ExportOptions
+from rankflow.export.report import REPORT
 
 _MAGNITUDE = "lora_magnitude_vector"
+
+Check = Callable[[Path], None]
+"""Raises if a written folder is wrong, before it gets its name."""
 
 
 def export_adapter(
@@ -29,41 +38,65 @@ def export_adapter(
     *,
     adapter_name: str = "default",
     facts: AdapterFacts | None = None,
+    format: str = "peft",
+    options: ExportOptions | None = None,
 ) -> Path:
-    """Write an adapter as a stock PEFT folder, wholly or not at all.
+    """Write an adapter for other programs, wholly or not at all.
 
-    ``rank_pattern`` and ``alpha_pattern`` name every site exactly. A dead site is left out, or
-    keeps its magnitude beside one component of zeros; a magnitude that is off is written as the
-    norm that it is divided by, or left out where all are off. RankFlow's own facts go into
-    ``rankflow.json``, where no loader looks.
+    What was written is loaded by its consumer's own loader and held against the live model before
+    it gets its name; ``export_report.json`` tells how far the two are apart. The live model stays
+    as it is.
 
     Args:
         model: The model, steered by RankFlow or not.
         path: The folder to write; an earlier export there is replaced at the end.
         adapter_name: The adapter to export.
         facts: What the run knows of it, for the model card.
+        format: One of ``rankflow.export.formats.FORMATS``. By default a stock PEFT folder.
+        options: What the format leaves open.
 
     Returns:
         The folder.
 
     Raises:
         ExportError: There is nothing to export, a weight is not finite, the folder holds something
-            else, or what was written does not read back.
+            else, the format cannot say what the adapter computes, or what was written is not the
+            live adapter.
         SiteError: The model has no such adapter.
     """
+    chosen, options = find_format(format), options or ExportOptions()
+    options.check(chosen)
     sites = find_sites(model, adapter_name)
     _check_sites(sites, adapter_name)
-    for site in sites:
-        translate_state_dicts(site.layer, adapter_name)
-    sync_config(model, adapter_name, sites)
+    check_target(Path(path))
+    module, function = chosen.home
+    write: Callable[[ExportJob], Path] = getattr(import_module(module), function)
+    return write(ExportJob(model, adapter_name, sites, Path(path), chosen, options, facts))
+
+
+def write_peft(job: ExportJob) -> Path:
+    """Write an adapter as a stock PEFT folder, exactly.
+
+    ``rank_pattern`` and ``alpha_pattern`` name every site exactly. A dead site is left out, or
+    keeps its magnitude beside one component of zeros; a magnitude that is off is written as the
+    norm that it is divided by, or left out where all are off. RankFlow's own facts go into
+    ``rankflow.json``, where no loader looks.
+
+    Raises:
+        ExportError: What was written does not read back as the live adapter.
+    """
+    for site in job.sites:
+        translate_state_dicts(site.layer, job.adapter_name)
+    sync_config(job.model, job.adapter_name, job.sites)
     return write_adapter(
-        Path(path),
-        get_peft_model_state_dict(model, adapter_name=adapter_name),
-        save_config=lambda folder: _save_stock(model, adapter_name, folder),
-        ranks={site.name: site.rank for site in sites},
-        trained=sum(site.parameters for site in sites),
-        base_model=model.peft_config[adapter_name].base_model_name_or_path or "",
-        facts=facts,
+        job.path,
+        get_peft_model_state_dict(job.model, adapter_name=job.adapter_name),
+        save_config=lambda folder: _save_stock(job.model, job.adapter_name, folder),
+        ranks={site.name: site.rank for site in job.sites},
+        trained=sum(site.parameters for site in job.sites),
+        base_model=job.base_model,
+        facts=job.facts,
+        check=lambda folder: check_adapter(job, folder, judge_exact(job)),
     )
 
 
@@ -76,6 +109,7 @@ def write_adapter(
     trained: int | None,
     base_model: str,
     facts: AdapterFacts | None,
+    check: Check | None = None,
 ) -> Path:
     """Write the folder of an adapter and check it, wholly or not at all.
 
@@ -87,12 +121,13 @@ def write_adapter(
         trained: Parameters of the sites that were trained; None if that is not known.
         base_model: Name or path of the base model; may be empty.
         facts: What the run knows of the adapter.
+        check: Called with the written folder before it gets its name; raises if it is wrong.
 
     Raises:
         ExportError: A weight is not finite, the folder holds something else, or what was written
             does not read back.
     """
-    _check_target(path)
+    check_target(path)
     stored = _with_full_names(tensors)
     _check_finite(stored)
     with new_folder(path) as folder:
@@ -118,6 +153,8 @@ def write_adapter(
             "run": None if facts is None else asdict(facts),
         }
         (folder / FACTS).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+        if check is not None:
+            check(folder)
     return path
 
 
@@ -127,12 +164,24 @@ def _check_sites(sites: tuple[Site, ...], adapter_name: str) -> None:
             f"all {len(sites)} sites of adapter {adapter_name!r} have rank 0: it is the base "
             "model, and PEFT cannot load an adapter of nothing"
         )
+    merged = [site.name for site in sites if site.layer.merged]
+    if merged:
+        raise ExportError(
+            f"{len(merged)} sites have an adapter merged into their weights, the first is "
+            f"{merged[0]!r}; call model.unmerge_adapter() first"
+        )
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
+    """Refuse a path at which something else than an export stands.
+
+    Raises:
+        ExportError: It is so.
+    """
     if path.is_file():
         raise ExportError(f"{path} is a file, and an adapter is a folder; choose another path")
-    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():
+    is_export = (path / CONFIG).is_file() or (path / REPORT).is_file()
+    if path.is_dir() and any(path.iterdir()) and not is_export:
         raise ExportError(
             f"{path} exists and holds no adapter, so it is not replaced; choose another folder"
         )

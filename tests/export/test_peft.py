@@ -370,6 +370,7 @@ def test_an_adapter_of_another_name_is_written_as_a_folder_of_its_own(tmp_path):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "export_report.json",
         "rankflow.json",
     ]
     assert not any("other" in key or "steered" in key for key in load_file(folder / WEIGHTS))
