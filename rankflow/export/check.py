@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankflow.adapters.sites import Site, find_sites
 from rankflow.errors import ExportError
-from rankflow.export.copies import copy_base
+from rankflow.export.copies import copy_base, evaluate
 from rankflow.export.job import ExportJob
 from rankflow.export.loading import without_repeated_notes
 from rankflow.export.probe import (
@@ -82,11 +82,13 @@ def check_adapter(
 def _load(base: nn.Module, folder: Path) -> PeftModel:
     try:
         with without_repeated_notes():
-            return PeftModel.from_pretrained(base, folder).eval()
+            loaded = PeftModel.from_pretrained(base, folder)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ExportError(
             f"{LOADER} cannot load what was written: {error!r}; nothing is left of it"
         ) from error
+    evaluate(loaded)
+    return loaded
 
 
 def make_report(

@@ -14,6 +14,19 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 
+def evaluate(model: nn.Module) -> nn.Module:
+    """Put a model into evaluation mode, all but its 4-bit layers, which have no other in effect.
+
+    On some CPUs bitsandbytes reorders and rounds a 4-bit weight at the first forward in evaluation
+    mode: that would change the live model, and PEFT's DoRA misreads such a weight.
+    """
+    model.eval()
+    for module in model.modules():
+        if type(getattr(module, "weight", None)).__name__ == "Params4bit":
+            module.training = True
+    return model
+
+
 def copy_base(model: PeftModel) -> nn.Module:
     """Return the base model as it was before any adapter, in evaluation mode.
 
@@ -80,4 +93,4 @@ def _children_first(model: PeftModel) -> list[nn.Module]:
 def _finish(base: nn.Module) -> nn.Module:
     if hasattr(base, "peft_config"):  # PEFT's mark of a model that is wrapped already
         del base.peft_config
-    return base.eval()
+    return evaluate(base)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rankflow.errors import ExportError
+from rankflow.export.copies import evaluate
 
 SEED: Final = 0
 _TOKENS: Final = 16
@@ -78,7 +79,7 @@ def as_exported(model: PeftModel, adapter_name: str) -> Iterator[None]:
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
-            model.eval()
+            evaluate(model)
             if active != [adapter_name]:
                 model.base_model.set_adapter(adapter_name)
             yield
