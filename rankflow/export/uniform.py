@@ -14,7 +14,7 @@ from rankflow.export.check import check_adapter, judge_exact
 from rankflow.export.job import ExportJob
 from rankflow.export.plain import Factors, beside_sites, plain_config, write_plain
 
-# vllm/config/lora.py, MaxLoRARanks; versions before 0.11 want at least 8.
+# vllm/config/lora.py, MaxLoRARanks.
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
