@@ -65,8 +65,8 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     alphas = {site.name: plain_alpha(site.scale * ranks[site.name]) for site in present}
     config.r = max(ranks.values(), default=1)
     config.lora_alpha = max(alphas.values(), default=1)
-    config.rank_pattern = {_exactly(name): rank for name, rank in ranks.items()}
-    config.alpha_pattern = {_exactly(name): alpha for name, alpha in alphas.items()}
+    config.rank_pattern = {exactly(name): rank for name, rank in ranks.items()}
+    config.alpha_pattern = {exactly(name): alpha for name, alpha in alphas.items()}
     config.target_modules = exact_targets(ranks, model.get_base_model())
     config.use_rslora = False
     config.use_dora = any(site.magnitude is not None for site in sites)
@@ -104,7 +104,8 @@ def _is_suffix_of_another(kept: set[str], base: nn.Module) -> bool:
     return False
 
 
-def _exactly(name: str) -> str:
+def exactly(name: str) -> str:
+    """Return a pattern for PEFT that matches a module path and nothing that ends like it."""
     return f"^{re.escape(name)}"
 
 

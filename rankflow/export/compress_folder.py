@@ -11,7 +11,7 @@ from typing import Any, Final
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rankflow.adapters.stock import check_initialisation, plain_alpha
+from rankflow.adapters.stock import check_initialisation, exactly, plain_alpha
 from rankflow.errors import ExportError, RankFlowError, SiteError
 from rankflow.export.compression import (
     Anatomy,
@@ -235,10 +235,8 @@ def _describe(
     config: Mapping[str, Any], scales: Mapping[str, tuple[float, int]], *, is_dora: bool
 ) -> dict[str, Any]:
     """Return PEFT's configuration of the adapter with these scales and ranks, site by site."""
-    ranks = {f"^{re.escape(site)}": rank for site, (_, rank) in scales.items()}
-    alphas = {
-        f"^{re.escape(site)}": plain_alpha(scale * rank) for site, (scale, rank) in scales.items()
-    }
+    ranks = {exactly(site): rank for site, (_, rank) in scales.items()}
+    alphas = {exactly(site): plain_alpha(scale * rank) for site, (scale, rank) in scales.items()}
     return {
         **config,
         "r": max(ranks.values()),

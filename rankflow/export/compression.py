@@ -1,10 +1,10 @@
 """A compression from its request to its record, whether the adapter is in memory or in a folder."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rankflow.adapters.stock import exactly
 from rankflow.budgeting import check_patterns, target_parameters
 from rankflow.errors import BudgetError, ExportError, SpecError
 from rankflow.export.decompose import Decomposition
@@ -51,16 +51,16 @@ class Compression:
         PEFT has no rank 0, so sites with nothing left are missing: name the others as its
         ``target_modules``.
         """
-        return {_exactly(site): rank for site, rank in self.ranks.items() if rank > 0}
+        return {exactly(site): rank for site, rank in self.ranks.items() if rank > 0}
 
     @property
     def frozen_budget(self) -> BudgetSpec:
         """The ranks as a budget of the ``frozen`` policy, to train at them anew or from here on."""
-        ranks = {_exactly(site): rank for site, rank in self.ranks.items()}
+        ranks = {exactly(site): rank for site, rank in self.ranks.items()}
         overrides = {"policy": "frozen", "params": self.parameters}
         off = [site for site, on in self.magnitudes.items() if not on]
         if 0 < len(off) < len(self.magnitudes):
-            ranks |= {_exactly(f"{site}.magnitude"): 0 for site in off}
+            ranks |= {exactly(f"{site}.magnitude"): 0 for site in off}
             overrides["magnitude"] = "budgeted"
         return load_budget("fixed", ranks=ranks, **overrides)
 
@@ -245,7 +245,3 @@ def decide(
         curve=trace(candidates, energies),
     )
     return Decision(anatomy.parts, keep, record)
-
-
-def _exactly(site: str) -> str:
-    return f"^{re.escape(site)}"

@@ -1,7 +1,6 @@
 """Write sites as plain LoRA of scale 1: the tensors and the configuration that stock PEFT reads."""
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from rankflow.adapters.state_dicts import translate_state_dicts
+from rankflow.adapters.stock import exactly
 from rankflow.export.job import ExportJob
 from rankflow.export.peft import Check, write_adapter
 
@@ -77,7 +77,7 @@ def plain_config(
     """
     config: LoraConfig = copy.deepcopy(job.model.peft_config[job.adapter_name])
     config.r = config.lora_alpha = rank
-    config.rank_pattern = {f"^{re.escape(name)}": r for name, r in patterns.items()}
+    config.rank_pattern = {exactly(name): r for name, r in patterns.items()}
     config.alpha_pattern = dict(config.rank_pattern)
     config.target_modules = targets
     config.use_dora = config.use_rslora = False

@@ -12,7 +12,7 @@ a knapsack, and its solution the least error that any adapter of that many param
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -88,11 +88,8 @@ def tabulate(
         scores: What each component is worth, an array ``(k,)`` a site.
     """
     bounded = tuple(
-        SiteInfo(
-            name=site.name,
-            kind=site.kind,
-            in_features=site.in_features,
-            out_features=site.out_features,
+        replace(
+            site,
             has_magnitude=part.rows is not None,
             min_rank=min(site.min_rank, len(part.energies)),
             max_rank=min(site.max_rank, len(part.energies)),
