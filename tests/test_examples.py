@@ -29,6 +29,17 @@ def test_the_callback_prunes_a_trainers_model_to_its_budget(capsys):
     assert spent <= limit
 
 
+def test_two_tasks_are_served_from_one_base_and_one_of_them_gets_better(capsys):
+    _run("two_tasks.py")
+    lines = capsys.readouterr().out.splitlines()
+    answers = dict(line.split(": ") for line in lines if " from " in line)
+    assert answers["up from 3"] == "[5, 6, 7, 8, 9]"
+    assert answers["up from 9"] == "[11, 12, 13, 14, 15]"
+    assert answers["down-2 from 3"] == "[1, 0, 15, 14, 13]"
+    assert answers["down-2 from 9"] == "[7, 6, 5, 4, 3]"
+    assert lines[-1] == "adapters now: up, down-2"
+
+
 def test_the_quickstarts_run_spec_loads():
     assert load_run(EXAMPLES / "quickstart" / "run.toml").budget.target
 
