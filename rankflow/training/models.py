@@ -144,7 +144,7 @@ def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer, and make sure that it can pad.
+    """Load the model's tokenizer with the spec's chat template, and make sure that it can pad.
 
     Raises:
         SpecError: There is none.
@@ -166,6 +166,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
                 "`pad_token` in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if spec.chat_template is not None:
+        tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
     return tokenizer
 
 
