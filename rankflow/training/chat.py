@@ -61,7 +61,9 @@ class Conversation:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> None:
         self._template: str = tokenizer.get_chat_template()
         self._names: Mapping[str, Any] = tokenizer.special_tokens_map
-        self._ends = tuple({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        self._ends = tuple(special.union(tokenizer.all_special_tokens))
         self._messages = messages
         self._has_marks = _MARK.search(self._template) is not None
         self.text, self._marks = self._render(len(messages), prompt=False)

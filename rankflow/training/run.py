@@ -55,6 +55,7 @@ def train(spec: RunSpec, *, console: Console) -> RunResult:
                     f"output      an earlier run moved to {aside}", highlight=False, soft_wrap=True
                 )
         trainer = make_trainer(spec, job, args)
+        trainer.remove_callback(PrinterCallback)  # the console tells what there is to tell
         baseline = job.baseline or _measure_base_model(trainer, job)
         _train_under_bar(trainer, console)
         metrics = _measure(trainer, job)
@@ -70,7 +71,6 @@ def train(spec: RunSpec, *, console: Console) -> RunResult:
 
 def _train_under_bar(trainer: RankFlowTrainer, console: Console) -> None:
     bar = ProgressBar(console, trainer.rankflow)
-    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar)
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

@@ -263,6 +263,10 @@ CLOSING = """
 REFUSED = {
     "rewrites": (THINKING, r"writes the first 2 messages in another way.*'<think>.*'The film"),
     "no end": (TEMPLATES["mistral"].replace("eos_token", "'.'"), "writes no special token at the"),
+    "an end that is an ordinary word": (
+        TEMPLATES["mistral"].replace("eos_token", "'</table>'"),
+        "writes no special token at the end",
+    ),
     "no end in its marks": (
         marked(TEMPLATES["chatml"].replace("{{- '<|im_end|>' }}\n        {#-end-#}", "{#-end-#}")),
         "generation %} blocks hold no special token at the end of a turn",
@@ -276,6 +280,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_template_that_cannot_be_followed_is_refused_with_the_conversation(case, tokenizer):
     template, message = REFUSED[case]
+    tokenizer.add_tokens(["</table>"])
     with pytest.raises(RankFlowError, match=f"begins 'What is good\\?': .*{message}"):
         encode_chat([USER, FILM, WHY, FILM], tokenizer, template)
 

@@ -12,7 +12,7 @@ from rankflow.errors import SpecError
 from rankflow.specs.reading import suggest
 from rankflow.specs.run import Task
 from rankflow.training.init.checkpoint import Family
-from rankflow.training.init.rows import Column
+from rankflow.training.init.rows import Column, Kind
 
 _HOSTED: Final[Mapping[Family, tuple[Task, ...]]] = {
     "encoder": ("sequence-classification", "token-classification"),
@@ -78,6 +78,11 @@ def choose_reading(
                 f"--{key.replace('_', '-')} {name}: the data has no such column; "
                 f"{suggest(name, by_name)}"
             )
+    if task is not None and task not in _HOSTED[family]:
+        raise SpecError(
+            f"--task {task}: this model is of another family ({family}), which learns "
+            + " or ".join(_HOSTED[family])
+        )
     chosen = {key: by_name[name] for key, name in asked.items()}
     possible: dict[Task, Mapping[str, Column]] = {}
     hindered: list[str] = []
@@ -93,8 +98,8 @@ def choose_reading(
         )
     if len(possible) > 1:
         raise SpecError(
-            f"this {family} can learn several things from the columns ({_list(columns)}); add one of "
-            + ", ".join(f"--task {one}" for one in possible)
+            f"this {family} can learn several things from the columns ({_list(columns)}); add "
+            + " or ".join(f"--task {one}" for one in possible)
         )
     ((found, read),) = possible.items()
     names = {column.name for column in read.values()}
@@ -104,10 +109,14 @@ def choose_reading(
 def _read(
     task: Task, columns: Sequence[Column], asked: Mapping[str, Column]
 ) -> Mapping[str, Column]:
-    keys, read = _READERS[task]
-    for key in asked:
-        if key not in keys:
-            raise _UnclearError(f"it reads no --{key.replace('_', '-')}")
+    kinds, read = _READERS[task]
+    for key, column in asked.items():
+        option = f"--{key.replace('_', '-')}"
+        if key not in kinds:
+            raise _UnclearError(f"it reads no {option}")
+        if column.kind not in kinds[key]:
+            wanted = " or ".join(_KINDS[kind] for kind in kinds[key])
+            raise _UnclearError(f"{option} '{column.name}' holds {_tell(column)}, and not {wanted}")
     return read(columns, asked)
 
 
@@ -125,11 +134,8 @@ def _read_classes(columns: Sequence[Column], asked: Mapping[str, Column]) -> Map
 
 def _find_label(columns: Sequence[Column]) -> Column:
     named = [c for c in columns if c.name in _LABELS]
-    return (
-        named[0]
-        if len(named) == 1
-        else _only([c for c in columns if c.has_classes], (), "classes", "--label COLUMN")
-    )
+    candidates = named if len(named) == 1 else [c for c in columns if c.has_classes]
+    return _only(candidates, (), "classes", "--label COLUMN")
 
 
 def _read_words(columns: Sequence[Column], asked: Mapping[str, Column]) -> Mapping[str, Column]:
@@ -150,7 +156,10 @@ def _read_words(columns: Sequence[Column], asked: Mapping[str, Column]) -> Mappi
 
 def _read_causal(columns: Sequence[Column], asked: Mapping[str, Column]) -> Mapping[str, Column]:
     chats = [c for c in columns if c.kind == "messages"]
-    if "text" in asked or ("messages" not in asked and not chats):
+    kinds = {c.kind for c in asked.values()} or {"messages" if chats else "text"}
+    if len(kinds) > 1:
+        raise _UnclearError("a row is texts or conversations, and not both")
+    if "text" in kinds:
         return _read_texts(columns, asked, needs_target=False)
     if "messages" in asked:
         return {key: asked[key] for key in ("messages", "target") if key in asked}
@@ -223,7 +232,7 @@ def _tell(column: Column) -> str:
     return _KINDS[column.kind]
 
 
-_KINDS: Final = {
+_KINDS: Final[Mapping[Kind, str]] = {
     "text": "texts",
     "class": "whole numbers",
     "number": "numbers",
@@ -233,9 +242,15 @@ _KINDS: Final = {
     "other": "something else",
 }
 _Reader = Callable[[Sequence[Column], Mapping[str, Column]], Mapping[str, Column]]
-_READERS: Final[Mapping[Task, tuple[tuple[str, ...], _Reader]]] = {
-    "sequence-classification": (("text", "text_pair", "label"), _read_classes),
-    "token-classification": (("text", "label"), _read_words),
-    "causal-lm": (("text", "messages", "target"), _read_causal),
-    "seq2seq-lm": (("text", "target"), _read_pairs),
+_READERS: Final[Mapping[Task, tuple[Mapping[str, tuple[Kind, ...]], _Reader]]] = {
+    "sequence-classification": (
+        {"text": ("text",), "text_pair": ("text",), "label": ("class", "text")},
+        _read_classes,
+    ),
+    "token-classification": ({"text": ("words",), "label": ("tags", "words")}, _read_words),
+    "causal-lm": (
+        {"text": ("text",), "messages": ("messages",), "target": ("text", "messages")},
+        _read_causal,
+    ),
+    "seq2seq-lm": ({"text": ("text",), "target": ("text",)}, _read_pairs),
 }

@@ -59,6 +59,10 @@ def make_draft(wishes: Wishes) -> Draft:
     rows = read_first_rows(wishes.data, wishes.config)
     model = read_checkpoint(wishes.model, wishes.chat_template)
     reading = choose_reading(rows.columns, model.family, wishes.task, wishes.columns)
+    if wishes.chat_template is not None and "messages" not in reading.columns:
+        raise SpecError(
+            f"--chat-template {wishes.chat_template}: only conversations are written by one"
+        )
     settings = choose_settings(
         model,
         reading.task,

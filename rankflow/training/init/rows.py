@@ -109,7 +109,7 @@ def _kind(value: object) -> Kind:
     match value:
         case str():
             return "text"
-        case bool() | int():
+        case int():
             return "class"
         case float():
             return "number"

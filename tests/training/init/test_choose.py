@@ -101,6 +101,12 @@ CLEAR = {
         {"messages": "chosen"},
         ("causal-lm", {"messages": "chosen"}),
     ),
+    "an answer in texts beside conversations": (
+        {"messages": CHATS, "prompt": TEXTS, "completion": TEXTS},
+        "decoder",
+        {"text": "prompt", "target": "completion"},
+        ("causal-lm", {"text": "prompt", "target": "completion"}),
+    ),
     "a class for a decoder": (
         {"text": TEXTS, "label": NUMBERS},
         "decoder",
@@ -175,7 +181,7 @@ UNCLEAR = {
         {"text": TEXTS, "label": NUMBERS},
         "decoder",
         {},
-        "('text': texts, 'label': 2 classes); add one of --task causal-lm, --task sequence-class",
+        "('text': texts, 'label': 2 classes); add --task causal-lm or --task sequence-class",
     ),
     "a translation": (
         {"en": TEXTS, "fr": TEXTS},
@@ -194,6 +200,24 @@ UNCLEAR = {
         "encoder",
         {"text_pair": "txt"},
         "--text-pair txt: the data has no such column; did you mean 'text'?",
+    ),
+    "a family that cannot": (
+        {"text": TEXTS},
+        "encoder",
+        {"task": "causal-lm"},
+        "--task causal-lm: this model is of another family (encoder), which learns sequence-",
+    ),
+    "a column of another kind": (
+        {"text": TEXTS, "label": NUMBERS},
+        "decoder",
+        {"messages": "text"},
+        "causal-lm: --messages 'text' holds texts, and not conversations",
+    ),
+    "an answer of another kind": (
+        {"chat": CHATS, "answer": TEXTS},
+        "decoder",
+        {"messages": "chat", "target": "answer"},
+        "causal-lm: a row is texts or conversations, and not both",
     ),
     "words without labels": (
         {"words": WORDS, "other": [[1]] * 12},

@@ -3,6 +3,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from peft import PeftModel
@@ -16,7 +17,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from rankflow.cli import app
-from rankflow.specs.run import load_run
+from rankflow.specs.run import Task, load_run
 from rankflow.training.run import train
 
 CHAT = [
@@ -120,6 +121,11 @@ def test_every_key_that_could_be_set_can_be(case, request, write_rows, sentiment
         load_run(output)
 
 
+def test_every_task_can_be_asked_for():
+    choices = " ".join(run("--task", "none", "--model", "m", "--data", "d").stderr.split())
+    assert all(f"'{task}'" in choices for task in get_args(Task))
+
+
 def test_paths_are_written_as_the_spec_sees_them(
     bert_folder, write_rows, sentiment_rows, tmp_path, monkeypatch
 ):
@@ -163,7 +169,7 @@ def test_a_decoder_that_classifies_keeps_its_own_head(
 ):
     output, data = tmp_path / "run.toml", write_rows("rows.jsonl", sentiment_rows)
     call = ("--model", llama_folder, "--data", data, "--output", output, "--rank", 2)
-    assert "add one of --task causal-lm, --task sequence-classification" in " ".join(
+    assert "add --task causal-lm or --task sequence-classification" in " ".join(
         run(*call).stderr.split()
     )
     assert not output.exists()
@@ -217,6 +223,7 @@ def test_a_validation_split_takes_the_place_of_a_held_out_fraction(
         (("--rank", "-1"), "rank = -1"),
         (("--data", "none.jsonl"), "--data none.jsonl: no such file"),
         (("--model", "./nowhere"), "--model ./nowhere: "),
+        (("--chat-template", "there.toml"), "only conversations are written by one"),
         (("--label", "lable"), "--label lable: the data has no such column; did you mean 'label'?"),
     ],
 )
