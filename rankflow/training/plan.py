@@ -99,7 +99,9 @@ def make_plan(spec: RunSpec) -> RunPlan:
     data = load_data(spec.data, spec.model.task)
     base = build_meta_model(spec.model, data.labels)
     check_length(spec.data.max_length, base.model.config)
-    rows = tokenize(data.splits, base.tokenizer, spec.model.task, spec.data.max_length)["train"]
+    rows = tokenize(
+        data.splits, base.tokenizer, spec.model.task, spec.data.max_length, spec.data.loss_on
+    )["train"]
     model = add_adapter(base, spec.model, spec.adapter)
     steps = count_steps(rows, make_arguments(spec))
     sites = find_sites(model, "default")
