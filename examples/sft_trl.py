@@ -20,9 +20,9 @@ import rankflow as rf
 COLOURS = {"banana": "yellow", "cherry": "red", "lime": "green", "plum": "blue"}
 WORDS = ["<pad>", "<user>", "<assistant>", "<end>", "what", "colour", "is", "a", *COLOURS]
 # What stands between the generation marks is the assistant's, and all that the loss counts.
-TEMPLATE = """{% for message in messages %}<{{ message.role }}> {% if message.role == 'assistant' -%}
-{% generation %}{{ message.content }} <end>{% endgeneration %}{% else -%}
-{{ message.content }} {% endif %}{% endfor %}
+TEMPLATE = """{% for message in messages -%}
+<{{ message.role }}> {% if message.role == 'user' %}{{ message.content }} {% else -%}
+{% generation %}{{ message.content }} <end>{% endgeneration %}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}<assistant> {% endif %}"""
 
 
@@ -97,7 +97,7 @@ def main() -> None:
             [ask(fruit)], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         output = chat.generate(**prompt, max_new_tokens=2, do_sample=False)
-        print(f"{fruit}: {tokenizer.decode(output[0, prompt['input_ids'].shape[1]:])}")
+        print(f"{fruit}: {tokenizer.decode(output[0, prompt['input_ids'].shape[1] :])}")
 
 
 if __name__ == "__main__":

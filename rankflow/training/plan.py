@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.gating import convert
 from rankflow.adapters.sites import find_sites
+from rankflow.adapters.stacked import warn_of_stacked_weights
 from rankflow.allocation.policies import feasible_range
 from rankflow.allocation.pools import with_pools
 from rankflow.budgeting import ResolvedBudget, resolve_budget
@@ -105,6 +106,7 @@ def make_plan(spec: RunSpec) -> RunPlan:
     model = add_adapter(base, spec.model, spec.adapter)
     steps = count_steps(rows, make_arguments(spec))
     sites = find_sites(model, "default")
+    warn_of_stacked_weights(model)
     convert(sites, spec.budget.components)
     budget = resolve_budget(
         spec.budget,
