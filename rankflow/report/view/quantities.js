@@ -1,0 +1,81 @@
+// What a cell may show, how it is written, and where it stands on a scale from 0 to 1.
+
+import { compact, digits, whole } from "./format.js";
+
+const DECADES = 4;
+
+export const QUANTITIES = [
+  {
+    key: "rank",
+    label: "Rank",
+    column: "ranks",
+    unit: "components",
+    zero: "rank 0",
+    lacking: "",
+    brief: whole,
+    exact: whole,
+    scale: (range) => fromOne(range.greatest),
+  },
+  {
+    key: "importance",
+    label: "Importance",
+    column: "importance",
+    unit: "sum of the scores of a site's components, before the event",
+    zero: "none (\u2264 0)",
+    lacking: "",
+    brief: (value) => digits(value, 2),
+    exact: digits,
+    scale: (range) => logarithmic(range.least, range.greatest),
+  },
+  {
+    key: "parameters",
+    label: "Parameters",
+    column: "parameters",
+    unit: "trainable parameters",
+    zero: "none",
+    lacking: "Its events do not tell parameters: an earlier version wrote them.",
+    brief: compact,
+    exact: whole,
+    scale: (range) => linear(range.greatest, compact),
+  },
+  {
+    key: "magnitude",
+    label: "Magnitude",
+    column: "magnitude_change",
+    unit: "mean |m / n \u2212 1| over the rows, before the event",
+    zero: "no change",
+    lacking: "None of its events tells of a trained magnitude.",
+    brief: (value) => digits(value, 2),
+    exact: digits,
+    scale: (range) => linear(range.greatest, (value) => digits(value, 2)),
+  },
+];
+
+// A scale knows a value's place, and marks: where they stand and what they say.
+function fromOne(greatest) {
+  const top = Math.max(greatest, 2);
+  const count = Math.min(top, 6);
+  const marks = new Set();
+  for (let i = 0; i < count; i++) marks.add(Math.round(1 + (i * (top - 1)) / (count - 1)));
+  const fraction = (value) => (value - 1) / (top - 1);
+  return { fraction, marks: [...marks].map((value) => ({ at: fraction(value), text: whole(value) })) };
+}
+
+function linear(greatest, format) {
+  const marks = [0, 0.5, 1].map((at) => ({ at, text: at === 0 ? "0" : format(at * greatest) }));
+  return { fraction: (value) => value / greatest, marks };
+}
+
+function logarithmic(least, greatest) {
+  const bottom = Math.min(Math.max(least, greatest / 10 ** DECADES), greatest / 10);
+  const length = Math.log(greatest / bottom);
+  const marks = [0, 0.5, 1].map((at) => ({ at, text: digits(bottom * Math.exp(at * length), 2) }));
+  return { fraction: (value) => Math.log(value / bottom) / length, marks };
+}
+
+// No difference stands in the middle.
+export function symmetric(greatest, format) {
+  const text = (value) => (value > 0 ? `+${format(value)}` : format(value));
+  const marks = [-1, 0, 1].map((at) => ({ at: (1 + at) / 2, text: at ? text(at * greatest) : "0" }));
+  return { fraction: (value) => 0.5 + value / (2 * greatest), marks };
+}

@@ -1,0 +1,84 @@
+// What an event did, or how two differ, in a few lines.
+
+import { clear, el } from "./dom.js";
+import { plural, signed, whole } from "./format.js";
+
+const MOST_MOVES = 8;
+
+export function drawSummary(node, selection) {
+  const { run, at, event } = selection;
+  const [title, lines, from] = selection.compares
+    ? ["Difference", differences(selection), [selection.other, selection.against, "ranks"]]
+    : [`Event ${event.index}`, did(event), [run, at, "ranks_before"]];
+  const list = lines.map((text) => el("li", {}, text));
+  clear(node, el("h2", {}, title), el("ul", { class: "lines" }, ...list), moves(selection, ...from));
+}
+
+function did(event) {
+  const ranks = event.ranks.filter((rank) => rank !== null);
+  const [least, most] = extremes(ranks);
+  const total = sum(ranks);
+  const budgeted = event.magnitudes.filter((on) => on !== null);
+  const trained = budgeted.filter((on) => on).length;
+  return [
+    `${counted(event, false, "pruned")}, ${counted(event, true, "born")}`,
+    `ranks ${least} to ${most}, mean ${(total / ranks.length).toFixed(1)}, ${whole(total)} in all`,
+    ...(budgeted.length > 0 ? [`magnitudes ${trained} of ${budgeted.length}`] : []),
+    `spent ${whole(event.spent_before)} before, ${whole(event.spent)} after`,
+  ];
+}
+
+function counted(event, born, verb) {
+  let [components, magnitudes] = [0, 0];
+  for (const change of event.changes) {
+    if (change.born !== born) continue;
+    if (change.magnitude) magnitudes += 1;
+    else components += change.count;
+  }
+  const beside = magnitudes > 0 ? ` and ${plural(magnitudes, "magnitude")}` : "";
+  return `${plural(components, "component")}${beside} ${verb}`;
+}
+
+function differences(selection) {
+  const { run, other, event, reference } = selection;
+  const lines = [
+    `${signed(event.spent - reference.spent, whole)} parameters`,
+    `${signed(sum(event.ranks) - sum(reference.ranks), whole)} components`,
+  ];
+  const here = run.sites.filter((site) => !other.has(site)).length;
+  const there = other.sites.filter((site) => !run.has(site)).length;
+  if (here > 0) lines.push(`${plural(here, "site")} in A only`);
+  if (there > 0) lines.push(`${plural(there, "site")} in B only`);
+  return lines;
+}
+
+// The sites whose rank differs most from what it is compared with.
+function moves(selection, run, at, column) {
+  const moved = [];
+  for (const site of selection.run.sites) {
+    const [now, before] = [selection.run.value(selection.at, site, "ranks"), run.value(at, site, column)];
+    if (now !== null && before !== null && now !== before) moved.push({ site, before, now });
+  }
+  if (moved.length === 0) return el("p", { class: "note" }, "No rank differs.");
+  moved.sort((a, b) => Math.abs(b.now - b.before) - Math.abs(a.now - a.before));
+  const rows = moved.slice(0, MOST_MOVES).map(({ site, before, now }) =>
+    el(
+      "tr",
+      {},
+      el("td", { class: "name", title: site }, site),
+      el("td", {}, `${before} \u2192 ${now}`),
+      el("td", { class: now > before ? "more" : "less" }, signed(now - before, whole)),
+    ),
+  );
+  const rest = moved.length - rows.length;
+  const note = rest > 0 ? el("p", { class: "note" }, `and ${plural(rest, "site")} more`) : null;
+  return el("div", {}, el("table", { class: "moves" }, el("tbody", {}, ...rows)), ...(note ? [note] : []));
+}
+
+function extremes(numbers) {
+  return numbers.reduce(([a, b], n) => [Math.min(a, n), Math.max(b, n)], [Infinity, -Infinity]);
+}
+
+function sum(numbers) {
+  return numbers.reduce((total, number) => total + (number ?? 0), 0);
+}
