@@ -18,8 +18,10 @@ export class BudgetChart {
       pointerdown: (event) => this.press(event),
       pointermove: (event) => event.buttons === 1 && this.press(event),
     });
+    this.share = el("span", {});
     this.numbers = el("p", { class: "numbers" });
-    this.node = el("section", { class: "panel" }, el("h2", {}, "Budget"), this.numbers, this.picture);
+    const title = el("h2", {}, "Budget", this.share);
+    this.node = el("section", { class: "panel" }, title, this.numbers, this.picture);
     new ResizeObserver(() => this.selection && this.draw(this.selection)).observe(this.node);
   }
 
@@ -33,7 +35,7 @@ export class BudgetChart {
     const [bottom, right] = [HEIGHT - BOTTOM, width - RIGHT];
     const x = (this.x = axis(first, last, LEFT, right));
     const y = axis(0, most * 1.05, bottom, TOP);
-    this.tell(event);
+    this.tell(selection, runs);
     this.picture.setAttribute("width", width);
     this.picture.setAttribute("aria-label", `budget ${event.limit}, spent ${event.spent}`);
     const parts = [...marksOf(y, most, right), ...stepsOf(x, first, last, bottom)];
@@ -49,16 +51,16 @@ export class BudgetChart {
     clear(this.picture, ...parts);
   }
 
-  tell(event) {
-    const share = event.limit > 0 ? ` (${((100 * event.spent) / event.limit).toFixed(1)}%)` : "";
-    clear(
-      this.numbers,
-      el("span", { class: "key limit" }, "budget "),
-      el("b", { "data-field": "limit" }, whole(event.limit)),
-      el("span", { class: "key spent" }, "spent "),
-      el("b", { "data-field": "spent" }, whole(event.spent)),
-      share,
+  tell(selection, runs) {
+    const { event } = selection;
+    const share = event.limit > 0 ? (100 * event.spent) / event.limit : 100;
+    this.share.textContent = `${share.toFixed(1)}% spent`;
+    const numbers = [["limit", "budget", event.limit], ["spent", "spent", event.spent]];
+    if (runs.length > 1) numbers.push(["other", "B spent", selection.reference.spent]);
+    const parts = numbers.map(([key, label, value]) =>
+      el("span", { class: `key ${key}` }, `${label} `, el("b", { "data-field": key }, whole(value))),
     );
+    clear(this.numbers, ...parts);
   }
 
   press(event) {

@@ -22,9 +22,11 @@ export class Card {
   show(selection, site, cell) {
     const { run, at } = selection;
     const facts = selection.compares ? compared(selection, site) : plain(selection, site);
+    const { kind, text } = selection.cell(site);
     clear(
       this.node,
       el("h3", { "data-field": "site" }, ...broken(site)),
+      kind === "single" ? el("p", { class: "note" }, `This site is in ${text}.`) : null,
       facts,
       run.has(site) || selection.compares ? history(selection, site) : null,
       run.has(site) ? changes(run.changes(at, site, MOST_CHANGES)) : null,
@@ -55,8 +57,8 @@ function broken(name) {
 function plain(selection, site) {
   const { run, at } = selection;
   const known = QUANTITIES.filter(({ column }) => run.value(at, site, column) !== null);
-  const rows = known.map(({ key, label, column, exact }) =>
-    fact(key, label, [exact(run.value(at, site, column)), remark(run, at, site, key)]),
+  const rows = known.map(({ key, fact, column, exact }) =>
+    factRow(key, fact, [exact(run.value(at, site, column)), remark(run, at, site, key)]),
   );
   return el("table", { class: "facts" }, el("tbody", {}, ...rows, magnitudeRow([[run, at]], site)));
 }
@@ -65,22 +67,22 @@ function remark(run, at, site, key) {
   const before = run.value(at, site, "ranks_before");
   if (key === "rank" && before !== run.value(at, site, "ranks")) return `before ${whole(before)}`;
   if (key === "importance" && before > 1) {
-    return `${digits(run.value(at, site, "importance") / before, 3)} per component`;
+    return `${digits(run.value(at, site, "importance") / before, 3)} each`;
   }
-  return key === "magnitude" ? "mean |m / n \u2212 1|" : "";
+  return key === "magnitude" ? "mean over rows" : "";
 }
 
 function compared(selection, site) {
   const { run, at, other, against } = selection;
-  const rows = QUANTITIES.map(({ key, label, column, exact }) => {
+  const rows = QUANTITIES.map(({ key, fact, column, exact }) => {
     const [value, reference] = [run.value(at, site, column), other.value(against, site, column)];
     if (value === null && reference === null) return null;
     const known = value !== null && reference !== null;
     const write = (number) => (number === null ? "\u2013" : exact(number));
     const difference = known ? signed(value - reference, exact) : "\u2013";
-    return fact(key, label, [write(value), write(reference), difference]);
+    return factRow(key, fact, [write(value), write(reference), difference]);
   });
-  const head = ["", ...names(selection), "A \u2212 B"].map((text) => el("th", {}, text));
+  const head = ["", "A", "B", "A \u2212 B"].map((text) => el("th", {}, text));
   const body = rows.filter((row) => row !== null);
   const magnitude = magnitudeRow([[run, at], [other, against]], site);
   return el(
@@ -91,12 +93,7 @@ function compared(selection, site) {
   );
 }
 
-function names(selection) {
-  if (!selection.withItself) return ["A", "B"];
-  return [`A: event ${selection.event.index}`, `B: event ${selection.reference.index}`];
-}
-
-function fact(key, label, texts) {
+function factRow(key, label, texts) {
   const cells = texts.map((text, i) => {
     const field = i === 0 ? key : `${key}-${i}`;
     return el("td", { "data-field": field }, text);
@@ -109,7 +106,7 @@ function magnitudeRow(states, site) {
     const trains = run.trains(at, site);
     return trains === null ? "none" : trains ? "on" : "off";
   });
-  return texts.every((text) => text === "none") ? null : fact("trained", "DoRA magnitude", texts);
+  return texts.every((text) => text === "none") ? null : factRow("trained", "Magnitude", texts);
 }
 
 // The quantity shown, over the steps, with the event marked.
@@ -132,8 +129,8 @@ function history(selection, site) {
     line("spent", stairs(points[0], x, y)),
     cursor("cursor", x(event.step), 2, HEIGHT - 2),
   );
-  const range = `${quantity.exact(least)} to ${quantity.exact(greatest)}`;
-  const caption = `${quantity.label.toLowerCase()} over ${plural(run.events.length, "event")}: ${range}`;
+  const range = [...new Set([least, greatest].map((value) => quantity.exact(value)))].join(" to ");
+  const caption = `${quantity.fact} over ${plural(run.events.length, "event")}: ${range}`;
   return el("figure", {}, picture, el("figcaption", {}, caption));
 }
 

@@ -84,21 +84,20 @@ export class Timeline {
     this.reference = slider("against", "Event compared with", (at) => ask.against(at));
     this.same = el("input", { type: "checkbox", name: "linked", change: () => ask.linked(this.same.checked) });
     this.link = el("label", { class: "link" }, this.same, "same step");
-    this.lines = [el("div", { class: "line" }, this.play, ...this.shown.parts)];
-    this.lines.push(el("div", { class: "line" }, el("span", { class: "play" }), ...this.reference.parts));
-    this.node = el("section", { class: "timeline", "aria-label": "Events" }, ...this.lines);
+    this.second = el("div", { class: "line" }, el("span"), ...this.reference.parts, this.link);
+    const first = el("div", { class: "line" }, this.play, ...this.shown.parts, el("span"));
+    this.node = el("section", { class: "timeline", "aria-label": "Events" }, first, this.second);
   }
 
   draw(selection, playing) {
     const { run, at, other, against, compares, linked, withItself } = selection;
     clear(this.play, icon(playing ? PAUSE : PLAY));
     this.play.setAttribute("aria-label", playing ? "Pause" : "Play");
-    drawSlider(this.shown, run, at, compares ? "A" : "");
-    this.lines[1].hidden = !compares;
+    drawSlider(this.shown, run, at, compares ? tagOf("A", run, withItself) : "");
+    this.second.hidden = !compares;
     if (!compares) return;
-    drawSlider(this.reference, other, against, "B");
-    if (withItself) this.link.remove();
-    else this.lines[1].append(this.link);
+    drawSlider(this.reference, other, against, tagOf("B", other, withItself));
+    this.link.style.visibility = withItself ? "hidden" : "";
     this.same.checked = linked;
   }
 }
@@ -110,9 +109,13 @@ function slider(name, label, move) {
   return { parts: [tag, input, text], tag, input, text };
 }
 
-function drawSlider({ tag, input, text }, run, at, letter) {
+function tagOf(letter, run, alone) {
+  return alone ? letter : `${letter} \u00b7 ${run.name}`;
+}
+
+function drawSlider({ tag, input, text }, run, at, name) {
   const { index, step } = run.events[at];
-  tag.textContent = letter;
+  tag.textContent = tag.title = name;
   input.max = run.last;
   input.value = at;
   input.setAttribute("aria-valuetext", `event ${index}, step ${step}`);
@@ -122,5 +125,5 @@ function drawSlider({ tag, input, text }, run, at, letter) {
 }
 
 function icon(path) {
-  return svg("svg", { viewBox: "0 0 18 18", width: 18, height: 18, "aria-hidden": true }, svg("path", { d: path }));
+  return svg("svg", { viewBox: "0 0 18 18", width: 18, height: 18, "aria-hidden": true }, svg("path", { d: path, "fill-rule": "evenodd" }));
 }

@@ -48,7 +48,6 @@ class EventView:
         limit: Trainable adapter parameters that the budget allows from here on.
         spent_before: Trainable adapter parameters before the event.
         spent: Trainable adapter parameters after it.
-        seconds: Wall time of the event.
         ranks_before: Rank before it.
         ranks: Rank after it.
         importance: Sum of the scores of the components before it.
@@ -63,7 +62,6 @@ class EventView:
     limit: int
     spent_before: int
     spent: int
-    seconds: float
     ranks_before: Column[int]
     ranks: Column[int]
     importance: Column[float]
@@ -139,7 +137,6 @@ def _view_event(event: RankEvent, sites: Sequence[str]) -> EventView:
         limit=event.limit,
         spent_before=event.spent_before,
         spent=event.spent,
-        seconds=event.seconds,
         ranks_before=_column(event.ranks_before, sites),
         ranks=_column(event.ranks, sites),
         importance=_column(event.importance, sites),

@@ -2,10 +2,13 @@
 
 import { css, inkOn, palette, shade } from "./colours.js";
 import { clear, el, textWidth } from "./dom.js";
+import { drawLegend } from "./legend.js";
 
-const [NARROWEST, WIDEST] = [16, 92];
-const [LOWEST, HIGHEST] = [14, 30];
+const [NARROWEST, WIDEST] = [16, 150];
+const [LOWEST, HIGHEST] = [14, 46];
+const SIZES = [13, 12, 11, 10, 9];
 const GAP = 2;
+const NARROW = "(max-width: 900px)"; // as in the style sheet
 const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
 export class Grid {
@@ -13,6 +16,7 @@ export class Grid {
   constructor(inspect) {
     this.inspect = inspect;
     this.cells = new Map();
+    [this.width, this.height] = [WIDEST, HIGHEST];
     this.table = el("div", {
       class: "grid",
       role: "grid",
@@ -23,7 +27,9 @@ export class Grid {
       focusout: () => this.inspect(null, null),
       keydown: (event) => this.walk(event),
     });
-    this.node = el("div", { class: "scroller", scroll: () => this.inspect(null, null) }, this.table);
+    this.scroller = el("div", { class: "scroller", scroll: () => this.inspect(null, null) }, this.table);
+    this.legend = el("footer", { class: "legend" });
+    this.node = el("section", { class: "map" }, this.scroller, this.legend);
     new ResizeObserver(() => this.fit()).observe(this.node);
   }
 
@@ -70,49 +76,44 @@ export class Grid {
 
   // Give every cell the colour and the text of the selection.
   paint(selection) {
-    this.selection = selection;
     const scale = selection.scale();
     for (const [site, node] of this.cells) {
       const cell = selection.cell(site);
       const colour = colourOf(cell, scale, selection.compares);
       node.dataset.kind = cell.kind;
+      node.dataset.text = cell.text;
       node.dataset.magnitude = selection.magnitude(site);
       node.style.backgroundColor = colour === null ? "" : css(colour);
       node.style.color = colour === null ? "" : css(inkOn(colour));
       node.setAttribute("aria-label", `${site}: ${cell.text || cell.kind}`);
-      this.write(node, cell.text);
+    }
+    drawLegend(this.legend, selection, [...this.cells.values()]);
+    this.write();
+  }
+
+  // Texts have one size in all cells. Where none fits all, only the card tells the numbers.
+  write() {
+    const texts = new Set();
+    for (const { dataset } of this.cells.values()) if (dataset.kind !== "single") texts.add(dataset.text);
+    const beside = this.height < 24 ? 12 : 3; // in a low cell the dot stands beside the text
+    const fits = (text, size) => textWidth(text, this.table, size) <= this.width - beside;
+    const sizes = SIZES.filter((size) => size < this.height - 3);
+    const size = sizes.find((one) => [...texts].every((text) => fits(text, one)));
+    this.table.style.setProperty("--size", `${size ?? SIZES.at(-1)}px`);
+    for (const node of this.cells.values()) {
+      const { kind, text } = node.dataset;
+      if (kind === "single") node.textContent = fits(text, size ?? SIZES.at(-1)) ? text : text[0];
+      else node.textContent = size === undefined ? "" : text;
     }
   }
 
-  // A text that does not fit is left out: the colour stays, and the card has the number.
-  write(node, text) {
-    node.dataset.text = text;
-    const span = this.layout.cells[node.dataset.site][2];
-    const room = this.width * span - (node.dataset.magnitude === "" ? 4 : 12);
-    node.textContent = this.measure(text) <= room ? text : this.shorten(text, room);
-  }
-
-  shorten(text, room) {
-    const letter = text.endsWith(" only") ? text[0] : "";
-    return this.measure(letter) <= room ? letter : "";
-  }
-
-  measure(text) {
-    if (!this.widths.has(text)) this.widths.set(text, textWidth(text, this.table, this.size));
-    return this.widths.get(text);
-  }
-
-  widths = new Map();
-  width = WIDEST;
-  size = 12;
-
   // Find sizes at which the grid fills its room.
   fit() {
-    if (this.layout === undefined || this.node.clientWidth === 0) return;
+    if (this.layout === undefined || this.scroller.clientWidth === 0) return;
     const { rows, columns } = this.layout;
     const label = rows.reduce((most, row) => Math.max(most, textWidth(row, this.table, 12)), 0);
     const labels = Math.min(label, 170) + 14;
-    const across = Math.floor((this.node.clientWidth - labels - 12) / columns.length) - GAP;
+    const across = Math.floor((this.scroller.clientWidth - labels - 14) / columns.length) - GAP;
     this.width = Math.min(Math.max(across, NARROWEST), WIDEST);
     const upright = columns.some((name) =>
       name.split(".").some((part) => textWidth(part, this.table, 11) > this.width - 2),
@@ -121,19 +122,17 @@ export class Grid {
     this.table.style.setProperty("--columns", columns.length);
     this.table.style.setProperty("--width", `${this.width}px`);
     this.table.style.setProperty("--labels", `${labels}px`);
-    const height = this.findHeight(rows.length);
-    this.size = height >= 20 ? 12 : 10;
-    this.table.style.setProperty("--height", `${height}px`);
-    this.table.style.setProperty("--size", `${this.size}px`);
-    this.widths.clear();
-    for (const node of this.cells.values()) this.write(node, node.dataset.text);
+    this.height = this.findHeight(rows.length);
+    this.table.style.setProperty("--height", `${this.height}px`);
+    this.write();
   }
 
+  // Rows share the height that the window has; in a narrow window the page is as long as it must be.
   findHeight(rows) {
-    const bounded = getComputedStyle(this.node).overflowY === "auto";
-    if (!bounded) return 26;
-    const head = this.table.querySelector(".column-head")?.offsetHeight ?? 0;
-    const down = Math.floor((this.node.clientHeight - head - 24) / rows) - GAP;
+    if (matchMedia(NARROW).matches) return 26;
+    const groups = this.layout.groups.at(-1);
+    const around = this.table.querySelector(".column-head").offsetHeight + this.legend.offsetHeight;
+    const down = Math.floor((this.node.clientHeight - around - 16 * groups - 24) / rows) - GAP;
     return Math.min(Math.max(down, LOWEST), HIGHEST);
   }
 

@@ -28,7 +28,9 @@ export class Ground {
     const name = this.choice === "auto" ? this.automatic() : this.choice;
     setGround(name);
     this.root.dataset.ground = name;
-    document.documentElement.style.colorScheme = name;
+    const { style } = document.documentElement; // the page beyond its content
+    style.colorScheme = name;
+    style.backgroundColor = getComputedStyle(this.root).backgroundColor;
     this.changed();
   }
 

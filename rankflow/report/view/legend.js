@@ -19,10 +19,10 @@ export function drawLegend(node, selection, cells) {
   ];
   const bar = el("div", { class: "bar" });
   bar.style.backgroundImage = gradient(compares ? diverging : ramp);
-  const unit = compares ? `${quantity.label.toLowerCase()}, A \u2212 B` : quantity.unit;
+  const unit = compares ? `${quantity.label}, A \u2212 B` : quantity.unit;
   clear(
     node,
-    el("div", { class: "scale" }, bar, ticks(selection.scale().marks), el("span", { class: "unit" }, unit)),
+    el("div", { class: "scale" }, el("span", {}, unit), bar, ticks(selection.scale().marks)),
     el("div", { class: "entries" }, ...entries.filter((one) => one !== null)),
   );
 }

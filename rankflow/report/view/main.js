@@ -6,7 +6,6 @@ import { Header, Timeline } from "./controls.js";
 import { el } from "./dom.js";
 import { Grid } from "./grid.js";
 import { Ground } from "./ground.js";
-import { drawLegend } from "./legend.js";
 import { QUANTITIES } from "./quantities.js";
 import { Run } from "./run.js";
 import { Selection } from "./selection.js";
@@ -20,6 +19,7 @@ export function render() {
   document.head.append(el("style", {}, STYLE));
   const view = new View(findSource());
   document.body.append(view.root);
+  view.ground.apply();
   view.start();
 }
 
@@ -31,9 +31,9 @@ class View {
     this.names = [];
     this.laidOut = "";
     this.timer = null;
+    this.busy = Promise.resolve();
     this.build();
     this.ground = new Ground(this.root, () => this.update());
-    this.ground.apply();
     document.addEventListener("keydown", (event) => this.key(event));
   }
 
@@ -53,7 +53,6 @@ class View {
     this.grid = new Grid((site, cell) => this.inspect(site, cell));
     this.chart = new BudgetChart((at) => this.moveTo(at));
     this.card = new Card();
-    this.legend = el("footer", { class: "legend" });
     this.summary = el("section", { class: "panel" });
     this.message = el("p", { class: "message", role: "status" });
     const hint = el("p", { class: "hint" }, "\u2190 \u2192 move over events, space plays, Tab goes to the sites");
@@ -63,7 +62,7 @@ class View {
       this.header.node,
       this.timeline.node,
       el("div", { class: "body" },
-        el("section", { class: "map" }, this.grid.node, this.legend),
+        this.grid.node,
         el("aside", {}, this.chart.node, this.summary, hint),
       ),
     );
@@ -75,14 +74,18 @@ class View {
     if (this.source.grows) setTimeout(() => this.start(), POLL_MILLISECONDS);
   }
 
-  // Do something that may fail, and say so if it does.
-  async attempt(action) {
-    try {
-      await action();
-      if (this.names.length > 0) this.say("");
-    } catch (error) {
-      this.say(String(error.message ?? error));
-    }
+  // Do something that takes time and may fail, after what is being done, and say so if it fails.
+  attempt(action) {
+    const attempted = async () => {
+      try {
+        await action();
+        if (this.names.length > 0) this.say("");
+      } catch (error) {
+        this.say(error.message);
+      }
+    };
+    this.busy = this.busy.then(attempted);
+    return this.busy;
   }
 
   say(text) {
@@ -175,9 +178,8 @@ class View {
     this.header.draw(selection, this.names, this.ground.choice);
     this.timeline.draw(selection, this.timer !== null);
     this.grid.paint(selection);
-    drawLegend(this.legend, selection, [...this.grid.cells.values()]);
     this.chart.draw(selection);
-    drawSummary(this.summary, selection);
+    drawSummary(this.summary, selection, this.grid.layout);
     if (this.inspected) this.card.show(selection, ...this.inspected);
   }
 

@@ -8,8 +8,9 @@ export const QUANTITIES = [
   {
     key: "rank",
     label: "Rank",
+    fact: "Rank",
     column: "ranks",
-    unit: "components",
+    unit: "Rank: components of a site",
     zero: "rank 0",
     lacking: "",
     brief: whole,
@@ -19,8 +20,9 @@ export const QUANTITIES = [
   {
     key: "importance",
     label: "Importance",
+    fact: "Importance",
     column: "importance",
-    unit: "sum of the scores of a site's components, before the event",
+    unit: "Importance: sum of scores before the event",
     zero: "none (\u2264 0)",
     lacking: "",
     brief: (value) => digits(value, 2),
@@ -30,8 +32,9 @@ export const QUANTITIES = [
   {
     key: "parameters",
     label: "Parameters",
+    fact: "Parameters",
     column: "parameters",
-    unit: "trainable parameters",
+    unit: "Trainable parameters of a site",
     zero: "none",
     lacking: "Its events do not tell parameters: an earlier version wrote them.",
     brief: compact,
@@ -41,8 +44,9 @@ export const QUANTITIES = [
   {
     key: "magnitude",
     label: "Magnitude",
+    fact: "|m / n \u2212 1|",
     column: "magnitude_change",
-    unit: "mean |m / n \u2212 1| over the rows, before the event",
+    unit: "Magnitude: mean |m / n \u2212 1| before the event",
     zero: "no change",
     lacking: "None of its events tells of a trained magnitude.",
     brief: (value) => digits(value, 2),

@@ -105,6 +105,7 @@ export class Selection {
   magnitude(site) {
     const now = this.run.value(this.at, site, "magnitudes") === true;
     if (!this.compares) return now ? "on" : "";
+    if (!this.run.has(site) || !this.other.has(site)) return "";
     const before = this.other.value(this.against, site, "magnitudes") === true;
     return now === before ? "" : now ? "gained" : "lost";
   }

@@ -10,8 +10,9 @@ export function findSource() {
 
 function served() {
   const ask = async (route, pairs) => {
-    const answer = await fetch(`${route}?${new URLSearchParams(pairs)}`);
-    const value = await answer.json();
+    const answer = await fetch(`${route}?${new URLSearchParams(pairs)}`).catch(() => null);
+    if (answer === null) throw new Error("TensorBoard does not answer.");
+    const value = await answer.json().catch(() => ({ error: `TensorBoard failed: ${answer.status}.` }));
     if (!answer.ok) throw new Error(value.error);
     return value;
   };

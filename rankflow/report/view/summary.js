@@ -5,13 +5,13 @@ import { plural, signed, whole } from "./format.js";
 
 const MOST_MOVES = 8;
 
-export function drawSummary(node, selection) {
+export function drawSummary(node, selection, layout) {
   const { run, at, event } = selection;
   const [title, lines, from] = selection.compares
     ? ["Difference", differences(selection), [selection.other, selection.against, "ranks"]]
     : [`Event ${event.index}`, did(event), [run, at, "ranks_before"]];
   const list = lines.map((text) => el("li", {}, text));
-  clear(node, el("h2", {}, title), el("ul", { class: "lines" }, ...list), moves(selection, ...from));
+  clear(node, el("h2", {}, title), el("ul", { class: "lines" }, ...list), moves(selection, layout, ...from));
 }
 
 function did(event) {
@@ -21,22 +21,25 @@ function did(event) {
   const budgeted = event.magnitudes.filter((on) => on !== null);
   const trained = budgeted.filter((on) => on).length;
   return [
-    `${counted(event, false, "pruned")}, ${counted(event, true, "born")}`,
+    `pruned ${counted(event, false)}`,
+    `born ${counted(event, true)}`,
     `ranks ${least} to ${most}, mean ${(total / ranks.length).toFixed(1)}, ${whole(total)} in all`,
     ...(budgeted.length > 0 ? [`magnitudes ${trained} of ${budgeted.length}`] : []),
     `spent ${whole(event.spent_before)} before, ${whole(event.spent)} after`,
   ];
 }
 
-function counted(event, born, verb) {
+function counted(event, born) {
   let [components, magnitudes] = [0, 0];
   for (const change of event.changes) {
     if (change.born !== born) continue;
     if (change.magnitude) magnitudes += 1;
     else components += change.count;
   }
-  const beside = magnitudes > 0 ? ` and ${plural(magnitudes, "magnitude")}` : "";
-  return `${plural(components, "component")}${beside} ${verb}`;
+  const parts = [];
+  if (components > 0) parts.push(plural(components, "component"));
+  if (magnitudes > 0) parts.push(plural(magnitudes, "magnitude"));
+  return parts.join(" and ") || "nothing";
 }
 
 function differences(selection) {
@@ -53,19 +56,19 @@ function differences(selection) {
 }
 
 // The sites whose rank differs most from what it is compared with.
-function moves(selection, run, at, column) {
+function moves(selection, layout, run, at, column) {
   const moved = [];
   for (const site of selection.run.sites) {
     const [now, before] = [selection.run.value(selection.at, site, "ranks"), run.value(at, site, column)];
     if (now !== null && before !== null && now !== before) moved.push({ site, before, now });
   }
-  if (moved.length === 0) return el("p", { class: "note" }, "No rank differs.");
+  if (moved.length === 0) return el("p", { class: "note" }, "All ranks are the same.");
   moved.sort((a, b) => Math.abs(b.now - b.before) - Math.abs(a.now - a.before));
   const rows = moved.slice(0, MOST_MOVES).map(({ site, before, now }) =>
     el(
       "tr",
       {},
-      el("td", { class: "name", title: site }, site),
+      el("td", { class: "name", title: site }, placeOf(site, layout)),
       el("td", {}, `${before} \u2192 ${now}`),
       el("td", { class: now > before ? "more" : "less" }, signed(now - before, whole)),
     ),
@@ -73,6 +76,12 @@ function moves(selection, run, at, column) {
   const rest = moved.length - rows.length;
   const note = rest > 0 ? el("p", { class: "note" }, `and ${plural(rest, "site")} more`) : null;
   return el("div", {}, el("table", { class: "moves" }, el("tbody", {}, ...rows)), ...(note ? [note] : []));
+}
+
+// A site's row and column, which are shorter than its name.
+function placeOf(site, { rows, columns, cells }) {
+  const [row, column, span] = cells[site];
+  return span > 1 ? rows[row] : `${rows[row]} \u00b7 ${columns[column]}`;
 }
 
 function extremes(numbers) {
