@@ -91,6 +91,15 @@ def rank_shade(rank: int, maximum: int) -> RGB:
     return shade((rank - 1) / max(maximum - 1, 1)) if rank > 0 else NOTHING
 
 
+def difference_shade(difference: float, largest: float) -> RGB:
+    """Return the colour of a difference: none is the middle of the diverging colours.
+
+    >>> difference_shade(-3, 3) == DIVERGING[0], difference_shade(0, 3) == DIVERGING[4]
+    (True, True)
+    """
+    return shade(0.5 + difference / (2 * largest), DIVERGING)
+
+
 def hex_of(colour: RGB) -> str:
     """Return the colour as ``#rrggbb``.
 

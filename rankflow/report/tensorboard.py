@@ -14,7 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rankflow.records import RankEvent
 from rankflow.report.events import encode_event
-from rankflow.report.heatmap import importance_heatmap, rank_heatmap, render_pixels
+from rankflow.report.grid_figure import render_pixels
+from rankflow.report.heatmap import importance_heatmap, rank_heatmap
 from rankflow.report.plugin.tags import PLUGIN_NAME, event_tag
 from rankflow.report.statistics import churn, mean_score, rank_entropy
 

@@ -76,12 +76,15 @@ class View {
 
   // Do something that takes time and may fail, after what is being done, and say so if it fails.
   attempt(action) {
+    this.root.setAttribute("aria-busy", true);
     const attempted = async () => {
       try {
         await action();
         if (this.names.length > 0) this.say("");
       } catch (error) {
         this.say(error.message);
+      } finally {
+        this.root.setAttribute("aria-busy", false);
       }
     };
     this.busy = this.busy.then(attempted);

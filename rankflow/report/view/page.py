@@ -1,15 +1,16 @@
-"""The view of one run, or of two, as one HTML file that needs no other and no network."""
+"""The view of one run, or of several, as one HTML file that needs no other and no network."""
 
 import base64
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from rankflow.report.view.data import GridView, RunView, encode, view_grid
+from rankflow.durable import write_file
+from rankflow.errors import RankFlowError
+from rankflow.report.events import read_run
+from rankflow.report.view.data import GridView, RunView, encode, view_grid, view_run
 from rankflow.report.view.script import view_script
 
 
@@ -50,15 +51,30 @@ def render_page(runs: Sequence[RunView]) -> str:
     )
 
 
-def write_page(path: Path, runs: Sequence[RunView]) -> None:
-    """Write the page to a file that is either whole or as it was before."""
-    page = render_page(runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(page)
-    os.replace(file.name, path)
+def report_runs(folders: Sequence[Path], output: Path) -> Path:
+    """Write the page of some runs to a file that is either whole or as it was before.
+
+    Args:
+        folders: Their folders; the first is shown, and the others can be compared with it.
+        output: The file; its folder is made if it does not exist.
+
+    Raises:
+        RankFlowError: A folder has no events, or is named twice.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise RankFlowError(f"{folders[0]} is compared with itself; name another run")
+    names = _name(folders)
+    page = render_page(
+        [view_run(name, read_run(folder)) for name, folder in zip(names, folders, strict=True)]
+    )
+    write_file(output, page)
+    return output
+
+
+def _name(folders: Sequence[Path]) -> list[str]:
+    """Name each run by its folder, and by the folders above where two are called the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _embed(view: PageView) -> str:
