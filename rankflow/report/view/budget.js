@@ -57,9 +57,10 @@ export class BudgetChart {
     this.share.textContent = `${share.toFixed(1)}% spent`;
     const numbers = [["limit", "budget", event.limit], ["spent", "spent", event.spent]];
     if (runs.length > 1) numbers.push(["other", "B spent", selection.reference.spent]);
-    const parts = numbers.map(([key, label, value]) =>
-      el("span", { class: `key ${key}` }, `${label} `, el("b", { "data-field": key }, whole(value))),
-    );
+    const parts = numbers.map(([key, label, value]) => {
+      const number = el("b", { "data-field": key }, whole(value));
+      return el("span", { class: `key ${key}` }, `${label} `, number);
+    });
     clear(this.numbers, ...parts);
   }
 

@@ -1,6 +1,6 @@
 // The card beside a cell: everything that is known of its site.
 
-import { axis, cursor, line, stairs } from "./chart.js";
+import { axis, cursor, extremes, line, stairs } from "./chart.js";
 import { clear, el, svg } from "./dom.js";
 import { digits, plural, signed, whole } from "./format.js";
 import { QUANTITIES } from "./quantities.js";
@@ -11,7 +11,7 @@ const EDGE = 8;
 
 export class Card {
   constructor() {
-    this.node = el("div", { class: "card", role: "tooltip", id: "rankflow-card", hidden: true });
+    this.node = el("div", { class: "card", role: "tooltip", hidden: "" });
   }
 
   hide() {
@@ -27,6 +27,7 @@ export class Card {
       this.node,
       el("h3", { "data-field": "site" }, ...broken(site)),
       kind === "single" ? el("p", { class: "note" }, `This site is in ${text}.`) : null,
+      kind === "absent" ? el("p", { class: "note" }, "This run has no such site.") : null,
       facts,
       run.has(site) || selection.compares ? history(selection, site) : null,
       run.has(site) ? changes(run.changes(at, site, MOST_CHANGES)) : null,
@@ -118,8 +119,8 @@ function history(selection, site) {
   );
   const known = points.flat().filter(([, value]) => Number.isFinite(value));
   if (known.length === 0) return null;
-  const span = (i) => known.reduce(([a, b], p) => [Math.min(a, p[i]), Math.max(b, p[i])], [Infinity, -Infinity]);
-  const [[first, last], [least, greatest]] = [span(0), span(1)];
+  const [first, last] = extremes(known.map(([step]) => step));
+  const [least, greatest] = extremes(known.map(([, value]) => value));
   const x = axis(first, last, 4, WIDTH - 4);
   const y = axis(Math.min(least, 0), greatest, HEIGHT - 4, 4);
   const picture = svg(
@@ -140,7 +141,7 @@ function changes(found) {
     const what = magnitude ? "magnitude" : plural(count, "component");
     return el(
       "li",
-      { class: born ? "born" : "pruned" },
+      {},
       el("span", { class: "when" }, `step ${whole(step)}`),
       el("span", {}, `${born ? "+" : "\u2212"} ${what}`),
       el("span", { class: "why" }, reason),

@@ -26,6 +26,11 @@ export function cursor(className, x, top, bottom) {
   return svg("line", { class: className, x1: x, x2: x, y1: top, y2: bottom });
 }
 
+// The least and the greatest of some numbers.
+export function extremes(numbers) {
+  return numbers.reduce(([a, b], n) => [Math.min(a, n), Math.max(b, n)], [Infinity, -Infinity]);
+}
+
 // Round numbers that divide a range from 0 into two to five parts.
 export function roundMarks(greatest) {
   const power = 10 ** Math.floor(Math.log10(greatest || 1));

@@ -12,13 +12,14 @@ const GROUND = "M9 2a7 7 0 1 0 0 14A7 7 0 0 0 9 2zm0 1.6v10.8a5.4 5.4 0 0 0 0-10
 export class Header {
   constructor(ask) {
     this.runs = el("select", { name: "run", change: () => ask.run(this.runs.value) });
-    this.quantities = el("div", { class: "segments", role: "radiogroup", "aria-label": "Quantity" });
+    this.quantities = el("div", { class: "segments", role: "radiogroup" });
     for (const { key, label } of QUANTITIES) {
-      const input = el("input", { type: "radio", name: "quantity", value: key, change: () => ask.quantity(key) });
+      const change = () => ask.quantity(key);
+      const input = el("input", { type: "radio", name: "quantity", value: key, change });
       this.quantities.append(el("label", {}, input, el("span", {}, label)));
     }
     this.compare = el("select", { name: "compare", change: () => ask.compare(this.compare.value) });
-    this.ground = el("button", { class: "ground", type: "button", click: ask.ground }, icon(GROUND), el("span"));
+    this.ground = el("button", { class: "ground", type: "button", click: ask.ground });
     this.node = el(
       "header",
       {},
@@ -39,7 +40,7 @@ export class Header {
       input.parentNode.title = input.disabled ? lacking : "";
     }
     fillSelect(this.compare, choices(names, run), choiceOf(selection));
-    this.ground.lastChild.textContent = ground[0].toUpperCase() + ground.slice(1);
+    clear(this.ground, icon(GROUND), ground[0].toUpperCase() + ground.slice(1));
     this.ground.setAttribute("aria-label", `Light or dark: ${ground}`);
   }
 }
@@ -82,7 +83,8 @@ export class Timeline {
     this.play = el("button", { class: "play", type: "button", click: ask.play });
     this.shown = slider("at", "Event", (at) => ask.at(at));
     this.reference = slider("against", "Event compared with", (at) => ask.against(at));
-    this.same = el("input", { type: "checkbox", name: "linked", change: () => ask.linked(this.same.checked) });
+    const change = () => ask.linked(this.same.checked);
+    this.same = el("input", { type: "checkbox", name: "linked", change });
     this.link = el("label", { class: "link" }, this.same, "same step");
     this.second = el("div", { class: "line" }, el("span"), ...this.reference.parts, this.link);
     const first = el("div", { class: "line" }, this.play, ...this.shown.parts, el("span"));
@@ -105,7 +107,8 @@ export class Timeline {
 function slider(name, label, move) {
   const tag = el("span", { class: "tag" });
   const text = el("output", { class: "when", name });
-  const input = el("input", { type: "range", name, min: 0, "aria-label": label, input: () => move(Number(input.value)) });
+  const moved = () => move(Number(input.value));
+  const input = el("input", { type: "range", name, min: 0, "aria-label": label, input: moved });
   return { parts: [tag, input, text], tag, input, text };
 }
 
@@ -120,10 +123,11 @@ function drawSlider({ tag, input, text }, run, at, name) {
   input.value = at;
   input.setAttribute("aria-valuetext", `event ${index}, step ${step}`);
   input.style.setProperty("--done", `${run.last > 0 ? (100 * at) / run.last : 100}%`);
-  const words = `event ${index}`;
-  clear(text, el("b", {}, words), ` step ${whole(step)}`, at === run.last ? el("i", {}, "latest") : "");
+  const latest = at === run.last ? el("i", {}, "latest") : null;
+  clear(text, el("b", {}, `event ${index}`), ` \u00b7 step ${whole(step)}`, latest);
 }
 
 function icon(path) {
-  return svg("svg", { viewBox: "0 0 18 18", width: 18, height: 18, "aria-hidden": true }, svg("path", { d: path, "fill-rule": "evenodd" }));
+  const size = { viewBox: "0 0 18 18", width: 18, height: 18 };
+  return svg("svg", { ...size, "aria-hidden": true }, svg("path", { d: path }));
 }

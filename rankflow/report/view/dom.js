@@ -11,11 +11,11 @@ export function svg(tag, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
-// Listeners are attributes that are functions; an attribute that is null or false is left out.
+// Listeners are attributes that are functions; an attribute that is null is left out.
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") node.addEventListener(name, value);
-    else if (value !== null && value !== false) node.setAttribute(name, value === true ? "" : value);
+    else if (value !== null) node.setAttribute(name, value);
   }
   node.append(...children.filter((child) => child !== null));
   return node;
@@ -26,11 +26,13 @@ export function clear(node, ...children) {
   return node;
 }
 
-// Width of a text in pixels, in the font of an element.
-export function textWidth(text, node, size) {
-  const style = getComputedStyle(node);
-  CANVAS.font = `${style.fontWeight} ${size}px ${style.fontFamily}`;
-  return CANVAS.measureText(text).width;
+// The greatest width of some texts in pixels, in the font of an element at a size in pixels.
+export function widest(texts, node, size) {
+  const { fontWeight, fontFamily } = getComputedStyle(node);
+  CANVAS.font = `${fontWeight} ${size}px ${fontFamily}`;
+  let width = 0;
+  for (const text of texts) width = Math.max(width, CANVAS.measureText(text).width);
+  return width;
 }
 
 const CANVAS = document.createElement("canvas").getContext("2d");

@@ -1,7 +1,7 @@
 // The heatmap: a row for each layer, a column for each type of module, a cell for each site.
 
 import { css, inkOn, palette, shade } from "./colours.js";
-import { clear, el, textWidth } from "./dom.js";
+import { clear, el, widest } from "./dom.js";
 import { drawLegend } from "./legend.js";
 
 const [NARROWEST, WIDEST] = [16, 150];
@@ -27,7 +27,8 @@ export class Grid {
       focusout: () => this.inspect(null, null),
       keydown: (event) => this.walk(event),
     });
-    this.scroller = el("div", { class: "scroller", scroll: () => this.inspect(null, null) }, this.table);
+    const scroll = () => this.inspect(null, null);
+    this.scroller = el("div", { class: "scroller", scroll }, this.table);
     this.legend = el("footer", { class: "legend" });
     this.node = el("section", { class: "map" }, this.scroller, this.legend);
     new ResizeObserver(() => this.fit()).observe(this.node);
@@ -93,17 +94,18 @@ export class Grid {
 
   // Texts have one size in all cells. Where none fits all, only the card tells the numbers.
   write() {
-    const texts = new Set();
-    for (const { dataset } of this.cells.values()) if (dataset.kind !== "single") texts.add(dataset.text);
-    const beside = this.height < 24 ? 12 : 3; // in a low cell the dot stands beside the text
-    const fits = (text, size) => textWidth(text, this.table, size) <= this.width - beside;
-    const sizes = SIZES.filter((size) => size < this.height - 3);
-    const size = sizes.find((one) => [...texts].every((text) => fits(text, one)));
-    this.table.style.setProperty("--size", `${size ?? SIZES.at(-1)}px`);
-    for (const node of this.cells.values()) {
+    const nodes = [...this.cells.values()];
+    const numbers = nodes.filter(({ dataset }) => dataset.kind !== "single");
+    const texts = new Set(numbers.map(({ dataset }) => dataset.text));
+    const room = this.width - (this.height < 24 ? 12 : 3); // in a low cell the dot stands beside
+    const fits = (some, size) => widest(some, this.table, size) <= room;
+    const fit = SIZES.find((size) => size < this.height - 3 && fits(texts, size));
+    const size = fit ?? SIZES.at(-1);
+    this.table.style.setProperty("--size", `${size}px`);
+    for (const node of nodes) {
       const { kind, text } = node.dataset;
-      if (kind === "single") node.textContent = fits(text, size ?? SIZES.at(-1)) ? text : text[0];
-      else node.textContent = size === undefined ? "" : text;
+      if (kind === "single") node.textContent = fits([text], size) ? text : text[0];
+      else node.textContent = fit === undefined ? "" : text;
     }
   }
 
@@ -111,13 +113,11 @@ export class Grid {
   fit() {
     if (this.layout === undefined || this.scroller.clientWidth === 0) return;
     const { rows, columns } = this.layout;
-    const label = rows.reduce((most, row) => Math.max(most, textWidth(row, this.table, 12)), 0);
-    const labels = Math.min(label, 170) + 14;
+    const labels = Math.min(widest(rows, this.table, 12), 170) + 14;
     const across = Math.floor((this.scroller.clientWidth - labels - 14) / columns.length) - GAP;
     this.width = Math.min(Math.max(across, NARROWEST), WIDEST);
-    const upright = columns.some((name) =>
-      name.split(".").some((part) => textWidth(part, this.table, 11) > this.width - 2),
-    );
+    const words = columns.flatMap((name) => name.split("."));
+    const upright = widest(words, this.table, 11) > this.width - 2;
     this.table.classList.toggle("upright", upright);
     this.table.style.setProperty("--columns", columns.length);
     this.table.style.setProperty("--width", `${this.width}px`);
@@ -127,7 +127,7 @@ export class Grid {
     this.write();
   }
 
-  // Rows share the height that the window has; in a narrow window the page is as long as it must be.
+  // Rows share the height of the window; in a narrow one the page is as long as it must be.
   findHeight(rows) {
     if (matchMedia(NARROW).matches) return 26;
     const groups = this.layout.groups.at(-1);
@@ -154,13 +154,13 @@ export class Grid {
     event.stopPropagation();
     const site = event.target.dataset.site;
     let [row, column] = this.layout.cells[site];
-    do {
+    let next = site;
+    while (next === null || next === site) {
       row += step[0];
       column += step[1];
-      const next = this.places[row]?.[column];
-      if (next === undefined) return;
-      if (next !== null && next !== site) return void this.cells.get(next).focus();
-    } while (true);
+      next = this.places[row]?.[column];
+    }
+    this.cells.get(next)?.focus();
   }
 }
 

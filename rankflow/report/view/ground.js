@@ -35,7 +35,8 @@ export class Ground {
   }
 
   automatic() {
-    const dark = this.host === null ? PREFERENCE.matches : this.host.classList.contains("dark-mode");
+    const { host } = this;
+    const dark = host === null ? PREFERENCE.matches : host.classList.contains("dark-mode");
     return dark ? "dark" : "light";
   }
 }

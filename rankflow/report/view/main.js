@@ -55,7 +55,7 @@ class View {
     this.card = new Card();
     this.summary = el("section", { class: "panel" });
     this.message = el("p", { class: "message", role: "status" });
-    const hint = el("p", { class: "hint" }, "\u2190 \u2192 move over events, space plays, Tab goes to the sites");
+    const keys = "\u2190 \u2192 move over events, space plays, Tab goes to the sites";
     this.content = el(
       "div",
       { class: "content", hidden: true },
@@ -63,7 +63,7 @@ class View {
       this.timeline.node,
       el("div", { class: "body" },
         this.grid.node,
-        el("aside", {}, this.chart.node, this.summary, hint),
+        el("aside", {}, this.chart.node, this.summary, el("p", { class: "hint" }, keys)),
       ),
     );
     this.root = el("main", { class: "rankflow" }, this.message, this.content, this.card.node);
@@ -101,14 +101,14 @@ class View {
     if (document.hidden && this.selection.run !== null) return;
     const found = await this.source.runs();
     this.names = found.map(({ name }) => name);
-    if (found.length === 0) return void this.say("No events yet. They show up here when ranks first move.");
+    if (found.length === 0) return this.say("No events yet. Ranks have not moved so far.");
     const { run, other } = this.selection;
-    if (run === null || !this.names.includes(run.name)) return void (await this.open(this.names[0]));
+    if (run === null || !this.names.includes(run.name)) return this.open(this.names[0]);
     for (const one of new Set([run, other])) {
       const count = found.find(({ name }) => name === one?.name)?.events ?? 0;
-      if (one !== null && count !== one.events.length && count > 0) await this.grow(one, count);
+      if (count > 0 && count !== one.events.length) await this.grow(one, count);
     }
-    this.update();
+    return this.update();
   }
 
   // Read what a run has got since; fewer events than before mean that it began again.
@@ -217,7 +217,8 @@ class View {
     else {
       const { selection } = this;
       if (selection.at === selection.run.last) selection.moveTo(0);
-      const pause = Math.min(Math.max(PLAY_MILLISECONDS / selection.run.events.length, FASTEST), SLOWEST);
+      const share = PLAY_MILLISECONDS / selection.run.events.length;
+      const pause = Math.min(Math.max(share, FASTEST), SLOWEST);
       this.timer = setInterval(() => this.step(), pause);
     }
     this.update();

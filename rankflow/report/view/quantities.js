@@ -1,6 +1,6 @@
 // What a cell may show, how it is written, and where it stands on a scale from 0 to 1.
 
-import { compact, digits, whole } from "./format.js";
+import { compact, digits, signed, whole } from "./format.js";
 
 const DECADES = 4;
 
@@ -62,7 +62,8 @@ function fromOne(greatest) {
   const marks = new Set();
   for (let i = 0; i < count; i++) marks.add(Math.round(1 + (i * (top - 1)) / (count - 1)));
   const fraction = (value) => (value - 1) / (top - 1);
-  return { fraction, marks: [...marks].map((value) => ({ at: fraction(value), text: whole(value) })) };
+  const mark = (value) => ({ at: fraction(value), text: whole(value) });
+  return { fraction, marks: [...marks].map(mark) };
 }
 
 function linear(greatest, format) {
@@ -79,7 +80,7 @@ function logarithmic(least, greatest) {
 
 // No difference stands in the middle.
 export function symmetric(greatest, format) {
-  const text = (value) => (value > 0 ? `+${format(value)}` : format(value));
-  const marks = [-1, 0, 1].map((at) => ({ at: (1 + at) / 2, text: at ? text(at * greatest) : "0" }));
+  const text = (at) => (at === 0 ? "0" : signed(at * greatest, format));
+  const marks = [-1, 0, 1].map((at) => ({ at: (1 + at) / 2, text: text(at) }));
   return { fraction: (value) => 0.5 + value / (2 * greatest), marks };
 }

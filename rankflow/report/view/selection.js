@@ -1,5 +1,6 @@
 // What is shown: a run at an event, a quantity, and what it is compared with.
 
+import { signed } from "./format.js";
 import { QUANTITIES, symmetric } from "./quantities.js";
 
 export class Selection {
@@ -63,7 +64,7 @@ export class Selection {
     if (!here || !there) return { kind: "single", text: here ? "A only" : "B only" };
     const value = this.differenceAt(this.at, this.against, site);
     if (value === null) return { kind: "unknown", text: "" };
-    const text = `${value > 0 ? "+" : ""}${this.quantity.brief(value)}`;
+    const text = signed(value, this.quantity.brief);
     return { kind: Number.isFinite(value) ? "value" : "broken", value, text };
   }
 

@@ -12,7 +12,8 @@ function served() {
   const ask = async (route, pairs) => {
     const answer = await fetch(`${route}?${new URLSearchParams(pairs)}`).catch(() => null);
     if (answer === null) throw new Error("TensorBoard does not answer.");
-    const value = await answer.json().catch(() => ({ error: `TensorBoard failed: ${answer.status}.` }));
+    const failed = { error: `TensorBoard failed with status ${answer.status}.` };
+    const value = await answer.json().catch(() => failed);
     if (!answer.ok) throw new Error(value.error);
     return value;
   };

@@ -1,5 +1,6 @@
 // What an event did, or how two differ, in a few lines.
 
+import { extremes } from "./chart.js";
 import { clear, el } from "./dom.js";
 import { plural, signed, whole } from "./format.js";
 
@@ -11,7 +12,12 @@ export function drawSummary(node, selection, layout) {
     ? ["Difference", differences(selection), [selection.other, selection.against, "ranks"]]
     : [`Event ${event.index}`, did(event), [run, at, "ranks_before"]];
   const list = lines.map((text) => el("li", {}, text));
-  clear(node, el("h2", {}, title), el("ul", { class: "lines" }, ...list), moves(selection, layout, ...from));
+  clear(
+    node,
+    el("h2", {}, title),
+    el("ul", { class: "lines" }, ...list),
+    ...moves(selection, layout, ...from),
+  );
 }
 
 function did(event) {
@@ -48,10 +54,13 @@ function differences(selection) {
     `${signed(event.spent - reference.spent, whole)} parameters`,
     `${signed(sum(event.ranks) - sum(reference.ranks), whole)} components`,
   ];
-  const here = run.sites.filter((site) => !other.has(site)).length;
-  const there = other.sites.filter((site) => !run.has(site)).length;
-  if (here > 0) lines.push(`${plural(here, "site")} in A only`);
-  if (there > 0) lines.push(`${plural(there, "site")} in B only`);
+  const count = (letter, noun, sites) => {
+    if (sites.length > 0) lines.push(`${plural(sites.length, noun)} in ${letter} only`);
+  };
+  count("A", "magnitude", run.sites.filter((site) => selection.magnitude(site) === "gained"));
+  count("B", "magnitude", run.sites.filter((site) => selection.magnitude(site) === "lost"));
+  count("A", "site", run.sites.filter((site) => !other.has(site)));
+  count("B", "site", other.sites.filter((site) => !run.has(site)));
   return lines;
 }
 
@@ -59,10 +68,11 @@ function differences(selection) {
 function moves(selection, layout, run, at, column) {
   const moved = [];
   for (const site of selection.run.sites) {
-    const [now, before] = [selection.run.value(selection.at, site, "ranks"), run.value(at, site, column)];
+    const now = selection.run.value(selection.at, site, "ranks");
+    const before = run.value(at, site, column);
     if (now !== null && before !== null && now !== before) moved.push({ site, before, now });
   }
-  if (moved.length === 0) return el("p", { class: "note" }, "All ranks are the same.");
+  if (moved.length === 0) return [el("p", { class: "note" }, "All ranks are the same.")];
   moved.sort((a, b) => Math.abs(b.now - b.before) - Math.abs(a.now - a.before));
   const rows = moved.slice(0, MOST_MOVES).map(({ site, before, now }) =>
     el(
@@ -70,22 +80,19 @@ function moves(selection, layout, run, at, column) {
       {},
       el("td", { class: "name", title: site }, placeOf(site, layout)),
       el("td", {}, `${before} \u2192 ${now}`),
-      el("td", { class: now > before ? "more" : "less" }, signed(now - before, whole)),
+      el("td", { class: "change" }, signed(now - before, whole)),
     ),
   );
   const rest = moved.length - rows.length;
   const note = rest > 0 ? el("p", { class: "note" }, `and ${plural(rest, "site")} more`) : null;
-  return el("div", {}, el("table", { class: "moves" }, el("tbody", {}, ...rows)), ...(note ? [note] : []));
+  return [el("table", { class: "moves" }, el("tbody", {}, ...rows)), note];
 }
 
 // A site's row and column, which are shorter than its name.
 function placeOf(site, { rows, columns, cells }) {
   const [row, column, span] = cells[site];
-  return span > 1 ? rows[row] : `${rows[row]} \u00b7 ${columns[column]}`;
-}
-
-function extremes(numbers) {
-  return numbers.reduce(([a, b], n) => [Math.min(a, n), Math.max(b, n)], [Infinity, -Infinity]);
+  const alone = span > 1 || columns.length === 1;
+  return alone ? rows[row] : `${rows[row]} \u00b7 ${columns[column]}`;
 }
 
 function sum(numbers) {

@@ -1,9 +1,13 @@
 """The report as a file in a real browser: the view of the tab, without a server."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rankflow.records import RankEvent
 from rankflow.report.view.data import view_run
@@ -11,6 +15,7 @@ from rankflow.report.view.page import render_page, report_runs
 
 pytestmark = pytest.mark.browser
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 TYPES = [f"attn.{name}_proj" for name in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 
 
@@ -102,3 +107,12 @@ def test_200_000_cells_of_history_are_moved_over_without_delay(open_events):
     view.compare("before")
     shown = {view.number(text) for text in view.texts().values()}
     assert shown == {1, -16}
+
+
+def test_the_readmes_picture_is_drawn_from_a_run(runs, tmp_path):
+    path = tmp_path / "picture.png"
+    command = [sys.executable, str(EXAMPLES / "plugin_picture.py"), str(runs[0].folder), str(path)]
+    subprocess.run(command, check=True)
+    with Image.open(path) as image:
+        assert image.size == (2400, 1400)
+    assert path.stat().st_size < 300_000

@@ -41,7 +41,7 @@ def test_the_slider_the_keys_and_the_play_button_move_over_events(tab, runs):
         assert tab.texts() == ranks_as_text(events[at])
         assert tab.number(tab.field("spent")) == events[at].spent
         told = tab.root.locator("output").first.inner_text().split()
-        assert told == ["event", str(events[at].index), "step", str(events[at].step)]
+        assert told == ["event", str(events[at].index), "·", "step", str(events[at].step)]
     tab.root.locator("body").press("Home")
     tab.root.locator("body").press("ArrowRight")
     assert tab.slider("at").input_value() == "1"
