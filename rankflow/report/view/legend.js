@@ -11,7 +11,7 @@ export function drawLegend(node, selection, cells) {
   const entries = [
     kinds.has("nothing") ? entry("swatch", quantity.zero, css(nothing)) : null,
     kinds.has("broken") ? entry("swatch", "not finite", css(broken)) : null,
-    kinds.has("unknown") ? entry("swatch unknown", "not known here") : null,
+    kinds.has("unknown") ? entry("swatch unknown", quantity.unknown) : null,
     kinds.has("single") ? entry("swatch single", "a site of one run only") : null,
     marks.has("on") ? entry("dot", "magnitude trained") : null,
     marks.has("gained") ? entry("dot", "magnitude in A only") : null,

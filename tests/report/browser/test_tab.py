@@ -96,6 +96,8 @@ def test_the_switch_shows_each_quantity(tab, runs, quantity, column, tolerance):
     values = getattr(event, column)
     shown = {site: text for site, text in tab.texts().items() if text}
     assert shown.keys() == values.keys()
+    untrained = len(values) < len(event.ranks)
+    assert tab.root.get_by_text("no magnitude trained").is_visible() is untrained
     for site, text in shown.items():
         thousands = 1000 if text.endswith("k") else 1
         shown_value = thousands * tab.number(text.removesuffix("k"))
