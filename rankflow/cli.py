@@ -15,7 +15,6 @@ from typer.core import TyperGroup
 from rankflow.errors import RankFlowError, SpecError
 from rankflow.records import RankEvent
 
-EVENTS: Final = "events.jsonl"
 LAST_EVENTS: Final = 10
 
 
@@ -130,27 +129,59 @@ def plan(run: RunFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run or an adapter.")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="A run or an adapter.")
+    ] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="Two runs or adapters, whose ranks are compared."),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Write the heatmap to this file.")] = None,
 ) -> None:
-    """Show the ranks of a run or of an adapter."""
+    """Show the ranks of a run or of an adapter, or how those of two differ."""
+    if diff is not None and path is None:
+        from rankflow.export.compare import compare_folders
+
+        compare_folders(*diff, png=png, console=Console())
+        return
+    if path is None or diff is not None:
+        raise RankFlowError("name one folder, or two of them behind --diff")
     from rankflow.export.inspect import CONFIG
+    from rankflow.report.events import EVENTS_FILE
 
     console = Console()
     if (path / CONFIG).is_file():
         ranks, magnitudes = _show_adapter(console, path), None
-    elif (path / EVENTS).is_file():
+    elif (path / EVENTS_FILE).is_file():
         last = _show_run(console, path)
         ranks, magnitudes = last.ranks, last.magnitudes
     else:
         raise RankFlowError(
-            f"{path} holds neither {CONFIG} nor {EVENTS}; name the folder of an adapter or a run"
+            f"{path} holds neither {CONFIG} nor {EVENTS_FILE}; name the folder of an adapter or a "
+            "run"
         )
     if png is not None:
         from rankflow.report.heatmap import rank_heatmap
 
         rank_heatmap(ranks, title=f"Ranks of {path}", magnitudes=magnitudes).savefig(png)
         console.print(f"\nHeatmap written to {png}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; by default report.html in the run.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Another run, to be compared with.")
+    ] = None,
+) -> None:
+    """Write how the ranks of a run moved as one HTML file, to look at in a browser."""
+    from rankflow.report.view.page import report_runs
+
+    path = report_runs([run] if compare is None else [run, compare], output or run / "report.html")
+    Console().print(f"{path} is written; open it in a browser", soft_wrap=True)
 
 
 @app.command()
@@ -407,12 +438,10 @@ def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
 
 
 def _show_run(console: Console, folder: Path) -> RankEvent:
-    from rankflow.report.events import read_events
+    from rankflow.report.events import read_run
     from rankflow.report.terminal import rank_table
 
-    events = read_events(folder / EVENTS)
-    if not events:
-        raise RankFlowError(f"{folder / EVENTS} holds no event yet; look again after the first one")
+    events = read_run(folder)
     table = _new_table("event", "step", "budget", "spent", "ranks", "pruned", "born")
     for event in events[-LAST_EVENTS:]:
         table.add_row(

@@ -1,7 +1,8 @@
-"""Write a folder so that it is either whole and on disk, or not there at all.
+"""Write a folder or a file so that it is either whole and on disk, or not there at all.
 
-Files go into a temporary folder beside the final one; each is flushed to disk, then the folder is
-renamed into place and its parent flushed. A crash at any moment leaves the old folder or the new.
+A folder's files go into a temporary folder beside the final one; each is flushed to disk, then the
+folder is renamed into place and its parent flushed. A crash at any moment leaves the old folder or
+the new.
 """
 
 import os
@@ -34,6 +35,21 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file that takes the place of an older one once it is whole.
+
+    Args:
+        path: The file; its parents are made.
+        text: Its contents, to be written as UTF-8.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

@@ -223,6 +223,50 @@ def test_a_run_without_events_is_refused(tmp_path):
     assert "holds no event yet; look again after the first one" in result.stderr
 
 
+def test_the_ranks_of_two_folders_are_compared(adapter, run_folder, tmp_path):
+    file = tmp_path / "difference.png"
+    result = run_command("inspect", "--diff", run_folder, adapter, "--png", file)
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["0", "-1", "B"] in rows
+    assert ["1", "-9", "·"] in rows
+    assert "only in B: layers.0.v (rank 1)" in result.stdout
+    assert file.read_bytes().startswith(PNG_SIGNATURE)
+
+
+@pytest.mark.parametrize("arguments", [(), ("here", "--diff", "a", "b")])
+def test_inspect_wants_one_folder_or_two_to_compare(arguments):
+    result = run_command("inspect", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr == "error: name one folder, or two of them behind --diff\n"
+
+
+def test_a_run_is_reported_in_its_folder_or_elsewhere(run_folder, tmp_path):
+    other = tmp_path / "other.html"
+    for options, path in (((), run_folder / "report.html"), (("--output", other), other)):
+        result = run_command("report", run_folder, *options)
+        assert result.exit_code == 0, result.output
+        assert f"{path} is written; open it in a browser" in result.stdout
+        assert '"layers.1.q"' in path.read_text(encoding="utf-8")
+
+
+def test_a_report_may_hold_another_run_to_compare_with(run_folder, tmp_path):
+    other = run_folder.rename(tmp_path / "second")
+    log = EventLog(tmp_path / "first" / "events.jsonl")
+    log(RankEvent(0, 100, 9, 9, 9, {"head": 1}, {"head": 1}, {}, (), (), 0.1))
+    log.close()
+    result = run_command("report", tmp_path / "first", "--compare", other)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "first" / "report.html").read_text(encoding="utf-8")
+    assert page.index('"name":"first"') < page.index('"name":"second"')
+
+
+def test_a_report_of_no_run_is_refused(tmp_path):
+    result = run_command("report", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {tmp_path} holds no events.jsonl; name the folder of a run\n"
+
+
 def test_a_command_misspelt_is_refused_with_the_closest_one():
     result = run_command("trian")
     assert result.exit_code == 2

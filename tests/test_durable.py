@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from rankflow.durable import new_folder
+from rankflow.durable import new_folder, write_file
 
 
 def write(folder, text):
@@ -114,3 +114,19 @@ def test_others_may_read_the_folder(tmp_path):
     with new_folder(tmp_path / "final") as folder:
         write(folder, "new")
     assert (tmp_path / "final").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_file_is_written_beside_and_takes_the_place_of_the_older_one(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    for text in ("older", "nächste"):
+        write_file(path, text)
+        assert path.read_text(encoding="utf-8") == text
+        assert names(path.parent) == ["file.txt"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_older_one(tmp_path):
+    path = tmp_path / "file.txt"
+    write_file(path, "older")
+    with pytest.raises(UnicodeEncodeError):
+        write_file(path, "\ud800")
+    assert path.read_text() == "older"

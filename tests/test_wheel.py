@@ -19,9 +19,11 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_holds_every_module_every_preset_and_the_type_marker(wheel):
+def test_the_wheel_holds_every_module_script_and_preset_and_the_type_marker(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "rankflow").rglob("*.py")}
+    view = ROOT / "rankflow" / "report" / "view"
+    modules |= {str(path.relative_to(ROOT)) for path in view.iterdir() if path.is_file()}
     presets = {f"rankflow/budgets/{path.name}" for path in (ROOT / "budgets").glob("*.toml")}
     assert len(presets) >= 5
     assert modules | presets | {"rankflow/py.typed"} <= names

@@ -21,7 +21,7 @@ from rankflow.checkpoint import load_state, save_state
 from rankflow.engine import RankFlow
 from rankflow.errors import CheckpointError, RankFlowError
 from rankflow.records import RankEvent
-from rankflow.report.events import EventLog
+from rankflow.report.events import EVENTS_FILE, EventLog
 from rankflow.report.tensorboard import TensorBoardSink
 from rankflow.specs.budget import BudgetSpec
 
@@ -223,7 +223,7 @@ class RankFlowTrainer(Trainer):
 
 def _default_sinks(args: TrainingArguments, flow: RankFlow) -> list[Sink]:
     folder = Path(args.output_dir)
-    log = EventLog(folder / "events.jsonl", keep=0)
+    log = EventLog(folder / EVENTS_FILE, keep=0)
     for event in flow.history:  # of the run that is resumed, which may have had another folder
         log(event)
     sinks: list[Sink] = [log]

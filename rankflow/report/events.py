@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -22,6 +22,7 @@ from pydantic_core import to_json
 from rankflow.errors import RankFlowError
 from rankflow.records import RankEvent
 
+EVENTS_FILE: Final = "events.jsonl"
 SCHEMA = 1
 
 _EVENT_TYPE = TypeAdapter(RankEvent)
@@ -72,6 +73,21 @@ def read_events(path: str | Path) -> list[RankEvent]:
     """
     lines = Path(path).read_bytes().split(b"\n")[:-1]
     return [_decode_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def read_run(folder: str | Path) -> list[RankEvent]:
+    """Return the events of a run's folder, at least one.
+
+    Raises:
+        RankFlowError: It has no log of events, an empty one, or one that is damaged.
+    """
+    path = Path(folder) / EVENTS_FILE
+    if not path.is_file():
+        raise RankFlowError(f"{folder} holds no {EVENTS_FILE}; name the folder of a run")
+    events = read_events(path)
+    if not events:
+        raise RankFlowError(f"{path} holds no event yet; look again after the first one")
+    return events
 
 
 def encode_event(event: RankEvent) -> bytes:

@@ -2,7 +2,9 @@
 
 The ramp is ColorBrewer's YlGnBu without its palest end: its lightness falls steadily, so that it
 reads the same to colour-blind eyes and in grey. What is not a point of the scale (nothing left,
-not a number) has a colour outside the ramp.
+not a number) has a colour outside the ramp. Differences have ColorBrewer's PRGn: purple is less,
+green is more. On a dark ground the ramp is turned round, so that much still stands out and little
+stays near the ground.
 
 Reference: Harrower and Brewer, "ColorBrewer.org", The Cartographic Journal 40(1), 2003.
 """
@@ -19,28 +21,52 @@ RAMP: tuple[RGB, ...] = (
     (37, 52, 148),
     (8, 29, 88),
 )
+DIVERGING: tuple[RGB, ...] = (
+    (118, 42, 131),
+    (153, 112, 171),
+    (194, 165, 207),
+    (231, 212, 232),
+    (242, 242, 242),
+    (217, 240, 211),
+    (166, 219, 160),
+    (90, 174, 97),
+    (27, 120, 55),
+)
+DIVERGING_ON_DARK: tuple[RGB, ...] = (
+    (226, 188, 240),
+    (180, 130, 200),
+    (128, 86, 147),
+    (84, 62, 96),
+    (54, 57, 63),
+    (46, 86, 60),
+    (58, 126, 76),
+    (98, 176, 112),
+    (172, 228, 168),
+)
 NOTHING: RGB = (205, 205, 205)
+NOTHING_ON_DARK: RGB = (78, 82, 88)
 BROKEN: RGB = (213, 94, 0)
 DARK_INK: RGB = (38, 38, 38)
 LIGHT_INK: RGB = (255, 255, 255)
 
 
-def shade(fraction: float) -> RGB:
+def shade(fraction: float, ramp: tuple[RGB, ...] = RAMP) -> RGB:
     """Return the colour of a point of the scale.
 
     Args:
         fraction: From 0 (the least) to 1 (the most); values outside take the nearer end.
+        ramp: The scale's colours, evenly spaced.
 
     >>> shade(0.0) == RAMP[0], shade(1.0) == RAMP[-1]
     (True, True)
     >>> shade(1 / 14)  # half way between the first two
     (212, 238, 186)
     """
-    position = min(max(fraction, 0.0), 1.0) * (len(RAMP) - 1)
-    lower = min(int(position), len(RAMP) - 2)
+    position = min(max(fraction, 0.0), 1.0) * (len(ramp) - 1)
+    lower = min(int(position), len(ramp) - 2)
     weight = position - lower
     red, green, blue = (
-        round(a + weight * (b - a)) for a, b in zip(RAMP[lower], RAMP[lower + 1], strict=True)
+        round(a + weight * (b - a)) for a, b in zip(ramp[lower], ramp[lower + 1], strict=True)
     )
     return red, green, blue
 
@@ -63,6 +89,15 @@ def rank_shade(rank: int, maximum: int) -> RGB:
     (True, True, True)
     """
     return shade((rank - 1) / max(maximum - 1, 1)) if rank > 0 else NOTHING
+
+
+def difference_shade(difference: float, largest: float) -> RGB:
+    """Return the colour of a difference: none is the middle of the diverging colours.
+
+    >>> difference_shade(-3, 3) == DIVERGING[0], difference_shade(0, 3) == DIVERGING[4]
+    (True, True)
+    """
+    return shade(0.5 + difference / (2 * largest), DIVERGING)
 
 
 def hex_of(colour: RGB) -> str:

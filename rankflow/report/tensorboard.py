@@ -1,16 +1,22 @@
-"""Events in TensorBoard: curves over the optimizer steps, and two heatmaps for every event.
+"""Events in TensorBoard: the event itself for the tab "Rank flow", curves, and two heatmaps.
 
-TensorBoard keeps a sample of the images under one tag, 10 by default, and would so lose most
-events of a long run. Hence every event has image tags of its own: ``rankflow/ranks/event_0003``
-and ``rankflow/importance/event_0003``.
+TensorBoard keeps a sample of the values under one tag, 10 by default, and would so lose most
+events of a long run. Hence every event has tags of its own: ``rankflow/event/000003``, and for
+those without the tab the images ``rankflow/ranks/event_0003`` and
+``rankflow/importance/event_0003``.
 """
 
 from pathlib import Path
 
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
+from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import SummaryWriter
 
 from rankflow.records import RankEvent
-from rankflow.report.heatmap import importance_heatmap, rank_heatmap, render_pixels
+from rankflow.report.events import encode_event
+from rankflow.report.grid_figure import render_pixels
+from rankflow.report.heatmap import importance_heatmap, rank_heatmap
+from rankflow.report.plugin.tags import PLUGIN_NAME, event_tag
 from rankflow.report.statistics import churn, mean_score, rank_entropy
 
 
@@ -32,7 +38,8 @@ class TensorBoardSink:
         self._maximum = maximum
 
     def __call__(self, event: RankEvent) -> None:
-        """Write the event's numbers and images at its step."""
+        """Write the event, its numbers and its images at its step."""
+        self._writer._get_file_writer().add_summary(event_summary(event), event.step)
         for tag, value in event_scalars(event).items():
             self._writer.add_scalar(tag, value, event.step)
         when = f"event {event.index}, step {event.step:,}"
@@ -52,6 +59,20 @@ class TensorBoardSink:
         """Close the writer if the sink made it; a writer that was given stays open."""
         if self._owns_writer:
             self._writer.close()
+
+
+def event_summary(event: RankEvent) -> Summary:
+    """Return the event as what the tab "Rank flow" reads: its line of ``events.jsonl``, a string.
+
+    The line is the tensor and not the metadata's content, of which TensorBoard keeps the first
+    that a tag had, where a run resumes, and which it sends whenever it is asked for the tags.
+    """
+    plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME)
+    metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR)
+    tensor = make_tensor_proto(encode_event(event))
+    return Summary(
+        value=[Summary.Value(tag=event_tag(event.index), metadata=metadata, tensor=tensor)]
+    )
 
 
 def event_scalars(event: RankEvent) -> dict[str, float]:

@@ -11,11 +11,11 @@ A run that resumes goes on in its own folder. A folder that no run wrote is neve
 """
 
 import json
-import os
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from rankflow.durable import write_file
 from rankflow.errors import SpecError
 from rankflow.specs.run import RunSpec
 
@@ -54,9 +54,7 @@ def start_folder(folder: Path, spec: RunSpec) -> Path | None:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a file that is either whole or not there."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, json.dumps(values, indent=2) + "\n")
 
 
 def _is_taken(folder: Path) -> bool:

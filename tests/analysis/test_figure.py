@@ -10,7 +10,7 @@ from rankflow.analysis.correlation import Correlation, Estimate
 from rankflow.analysis.directions import Change
 from rankflow.analysis.figure import change_scatter
 from rankflow.analysis.points import Point, Run
-from rankflow.report.heatmap import render_pixels
+from rankflow.report.grid_figure import render_pixels
 from rankflow.report.layout import lay_out
 from rankflow.report.palette import RAMP, hex_of
 

@@ -4,9 +4,11 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 
-from rankflow.report import heatmap
-from rankflow.report.heatmap import importance_heatmap, rank_heatmap, render_pixels
-from rankflow.report.palette import BROKEN, NOTHING, RAMP
+from rankflow.report import grid_figure
+from rankflow.report.difference import Difference
+from rankflow.report.grid_figure import render_pixels
+from rankflow.report.heatmap import difference_heatmap, importance_heatmap, rank_heatmap
+from rankflow.report.palette import BROKEN, DIVERGING, NOTHING, RAMP
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BERT = ["self.query", "self.key", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -69,7 +71,7 @@ def test_figures_with_one_maximum_give_a_rank_one_colour():
 def test_ranks_are_written_into_the_cells_unless_there_are_too_many(monkeypatch):
     ranks = {"h.0.q": 12, "h.0.v": 0, "h.1.q": 3}
     assert numbers_in(rank_heatmap(ranks)) == ["12", "0", "3"]
-    monkeypatch.setattr(heatmap, "MOST_NUMBERS", 2)
+    monkeypatch.setattr(grid_figure, "MOST_TEXTS", 2)
     assert numbers_in(rank_heatmap(ranks)) == []
 
 
@@ -163,3 +165,22 @@ def test_no_dot_and_no_legend_where_no_magnitude_is_trained():
     figure = rank_heatmap({"h.0.q": 1, "h.0.v": 2}, magnitudes={"h.0.q": False, "h.0.v": False})
     assert not figure.axes[0].lines
     assert legend_of(figure) == []
+
+
+def test_a_difference_has_signs_two_ends_of_colour_and_letters_for_unshared_sites():
+    found = Difference(
+        ranks={"h.0.q": -4, "h.0.v": 4, "h.1.q": 0},
+        only_a={"h.1.v": 3},
+        only_b={"head": 3},
+        gained=frozenset({"h.0.q"}),
+        lost=frozenset({"h.0.v"}),
+    )
+    figure = difference_heatmap(found)
+    assert numbers_in(figure) == ["-4", "+4", "0", "A", "B"]
+    assert colour_at(figure, 0, 0) == DIVERGING[0]
+    assert colour_at(figure, 0, 1) == DIVERGING[-1]
+    assert colour_at(figure, 1, 0) == DIVERGING[4]
+    assert colour_at(figure, 1, 1) == NOTHING
+    assert legend_of(figure) == ["in one only", "magnitude in B only", "in A only"]
+    gained, lost = (line.get_markerfacecolor() for line in figure.axes[0].lines)
+    assert (gained == "none", lost == "none") == (False, True)

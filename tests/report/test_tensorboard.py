@@ -8,7 +8,9 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALA
 from torch.utils.tensorboard import SummaryWriter
 
 from rankflow.records import ComponentChange
-from rankflow.report.heatmap import rank_heatmap, render_pixels
+from rankflow.report.events import encode_event
+from rankflow.report.grid_figure import render_pixels
+from rankflow.report.heatmap import rank_heatmap
 from rankflow.report.tensorboard import TensorBoardSink, event_scalars
 
 
@@ -64,6 +66,23 @@ def test_an_image_is_the_heatmap_of_its_event(tmp_path, event):
     np.testing.assert_array_equal(decode(image), render_pixels(figure))
     (importance,) = read_back(tmp_path).Images("rankflow/importance/event_0003")
     assert len(np.unique(decode(importance).reshape(-1, 3), axis=0)) > 3
+
+
+def test_each_event_stands_whole_under_a_tag_of_its_own(tmp_path, event):
+    events = [event, replace(event, index=4, importance=dict.fromkeys(event.ranks, float("nan")))]
+    sink = TensorBoardSink(tmp_path)
+    for one in events:
+        sink(one)
+    sink.close()
+    log = read_back(tmp_path)
+    tags = ["rankflow/event/000003", "rankflow/event/000004"]
+    assert log.Tags()["tensors"] == tags
+    for tag, one in zip(tags, events, strict=True):
+        (value,) = log.Tensors(tag)
+        assert value.step == one.step
+        assert value.tensor_proto.string_val[0] == encode_event(one)
+        plugin = log.SummaryMetadata(tag).plugin_data
+        assert (plugin.plugin_name, plugin.content) == ("rankflow", b"")
 
 
 def test_an_event_can_be_read_while_the_sink_is_still_open(tmp_path, event):

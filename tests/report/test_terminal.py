@@ -3,7 +3,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from rankflow.report.terminal import ABSENT, rank_table
+from rankflow.report.terminal import rank_table
+from rankflow.report.text_grid import ABSENT
 
 LLAMA = [f"attn.{name}_proj" for name in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 LARGE = {f"model.layers.{i}.{t}": (i + 3 * len(t)) % 13 for i in range(80) for t in LLAMA}

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from rankflow.ablation.report.drawing.style import DOTS_PER_INCH
-from rankflow.report.heatmap import rank_heatmap, render_pixels
+from rankflow.report.grid_figure import render_pixels
+from rankflow.report.heatmap import rank_heatmap
 
 _RESOLUTION: Final = 110  # of the heatmaps, in dots per inch
 _WIDEST: Final = 1500  # pixels of a line of heatmaps

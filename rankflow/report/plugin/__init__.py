@@ -1,0 +1,1 @@
+"""The tab "Rank flow" of TensorBoard. It imports no torch: TensorBoard's process has none."""
