@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rankflow.export.peft import export_adapter as export_adapter
     from rankflow.integrations.huggingface import RankFlowCallback as RankFlowCallback
     from rankflow.integrations.huggingface import RankFlowTrainer as RankFlowTrainer
+    from rankflow.report.scalars import event_scalars as event_scalars
     from rankflow.specs.budget import load_budget as load_budget
 
 # Names load when first asked for: neither the command line's help nor a TensorBoard plugin should
@@ -26,6 +27,7 @@ _HOMES = {
     "RankFlowTrainer": "rankflow.integrations.huggingface",
     "accelerate_dora": "rankflow.adapters.dora",
     "compress": "rankflow.export.compress",
+    "event_scalars": "rankflow.report.scalars",
     "export_adapter": "rankflow.export.peft",
     "load_budget": "rankflow.specs.budget",
 }
