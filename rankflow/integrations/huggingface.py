@@ -22,7 +22,6 @@ from rankflow.engine import RankFlow
 from rankflow.errors import CheckpointError, RankFlowError
 from rankflow.records import RankEvent
 from rankflow.report.events import EVENTS_FILE, EventLog
-from rankflow.report.scalars import event_scalars
 from rankflow.report.tensorboard import TensorBoardSink
 from rankflow.specs.budget import BudgetSpec
 
@@ -182,9 +181,6 @@ class RankFlowCallback(TrainerCallback):
 class RankFlowTrainer(Trainer):
     """A Trainer under a budget that can also resume and load the best model across resizes.
 
-    Its log tells the numbers of the last event (``event_scalars``) beside the loss, so that every
-    reporter shows them, unless TensorBoard is the only one: that has the sink.
-
     Args:
         budget: The budget, from ``load_budget``.
         adapter_name: The adapter to steer.
@@ -206,17 +202,6 @@ class RankFlowTrainer(Trainer):
         super().__init__(**arguments)
         self.rankflow = RankFlowCallback(budget, adapter_name, sinks=sinks, follows_loads=True)
         self.add_callback(self.rankflow)
-        self._logged_events = 0
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and with the loss what the last event did, once."""
-        flow = self.rankflow.flow
-        events = [] if flow is None else flow.history
-        if "loss" in logs and len(events) > self._logged_events:
-            self._logged_events = len(events)
-            if self.args.report_to != ["tensorboard"]:
-                logs = logs | event_scalars(events[-1])
-        super().log(logs, start_time)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

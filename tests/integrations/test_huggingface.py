@@ -14,7 +14,6 @@ from rankflow.engine import RankFlow
 from rankflow.errors import CheckpointError, RankFlowError
 from rankflow.integrations.huggingface import RankFlowCallback, RankFlowTrainer
 from rankflow.report.events import read_events
-from rankflow.report.scalars import event_scalars
 from rankflow.specs.budget import BudgetSpec
 
 STEPS = 16
@@ -561,47 +560,6 @@ def test_events_go_to_tensorboard_where_the_trainer_reports_to_it(host, tmp_path
     assert spent == [(event.step, event.spent) for event in callback.flow.history]
     assert len(events.Tags()["images"]) == 2 * len(EVENT_STEPS)
     assert read_events(tmp_path / "events.jsonl") == callback.flow.history
-
-
-class Reporter(TrainerCallback):
-    """Stands for Weights & Biases and the like: sees what the Trainer logs, and when."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_log(self, args, state, control, logs=None, **_):
-        self.seen.append((state.global_step, dict(logs)))
-
-
-def test_reporters_see_the_numbers_of_every_event_beside_the_loss(tmp_path):
-    reporter = Reporter()
-    trainer, callback = make_trainer("RankFlowTrainer", tmp_path, callbacks=[reporter])
-    trainer.train()
-    shown = [(step, logs) for step, logs in reporter.seen if "rankflow/spent" in logs]
-    assert [step for step, _ in shown] == EVENT_STEPS
-    for (_, logs), event in zip(shown, callback.flow.history, strict=True):
-        assert "loss" in logs
-        assert event_scalars(event).items() <= logs.items()
-    assert [step for step, _ in reporter.seen] == sorted(step for step, _ in reporter.seen)
-    assert {"rankflow/budget", "loss"} <= trainer.state.log_history[EVENT_STEPS[0] - 1].keys()
-
-
-def test_a_reporter_that_looks_rarely_sees_the_last_event(tmp_path):
-    reporter = Reporter()
-    trainer, callback = make_trainer(
-        "RankFlowTrainer", tmp_path, callbacks=[reporter], settings={"logging_steps": 10}
-    )
-    trainer.train()
-    (step, logs), *rest = [entry for entry in reporter.seen if "rankflow/spent" in entry[1]]
-    assert (step, rest) == (10, [])
-    assert event_scalars(callback.flow.history[2]).items() <= logs.items()
-
-
-def test_tensorboard_is_not_told_twice(tmp_path):
-    reporter = Reporter()
-    settings = {"report_to": "tensorboard"}
-    make_trainer("RankFlowTrainer", tmp_path, callbacks=[reporter], settings=settings)[0].train()
-    assert not any("rankflow/spent" in logs for _, logs in reporter.seen)
 
 
 def test_without_a_report_nothing_is_written_for_tensorboard(host, tmp_path):
