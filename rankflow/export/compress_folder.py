@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,25 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rankflow.adapters.stock import check_initialisation, exactly, plain_alpha
-from rankflow.errors import ExportError, RankFlowError, SiteError
-from rankflow.export.compression import (
-    Anatomy,
-    Compression,
-    Decision,
-    Request,
-    decide,
-    decide_best,
-)
-from rankflow.export.decompose import (
-    AdaptedMatrix,
-    Decomposition,
-    decompose,
-    fold,
-    magnitude_after,
-)
+from rankflow.errors import BudgetError, ExportError, RankFlowError, SiteError
+from rankflow.export.compression import Compression, Request
+from rankflow.export.decide import Adapter, Decision, Remainder, decide
+from rankflow.export.decompose import AdaptedMatrix
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, SiteSummary, inspect_adapter
 from rankflow.export.peft import write_adapter
-from rankflow.records import IntArray, SiteInfo, SiteKind
+from rankflow.records import SiteInfo, SiteKind
 from rankflow.specs.budget import BudgetSpec
 
 BaseRows = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -117,21 +106,7 @@ def compress_folder(
     _check_config(config, source)
     tensors = load_file(source / WEIGHTS)
     sites = tuple(_find(site, tensors) for site in summary.sites)
-    infos = tuple(site.describe(*request.bounds_of(site.summary.name)) for site in sites)
-    ranks = tuple(site.summary.rank for site in sites)
-    limit = request.limit(
-        infos,
-        summary.parameters,
-        base_parameters=None,
-        bytes_per_parameter=sites[0].A.element_size(),
-    )
-    weights = base_rows([s.summary.name for s in sites if s.magnitude is not None])
-
-    def attempt(folds: bool) -> Decision:
-        parts = tuple(_take_apart(site, weights, folds=folds) for site in sites)
-        return decide(Anatomy(infos, parts, ranks, summary.parameters), request, limit)
-
-    decision = decide_best(attempt, request)
+    decision = decide(_describe_adapter(sites, summary, request, base_rows), request)
     _write(output, summary, config, tensors, sites, decision)
     return decision.record
 
@@ -171,17 +146,26 @@ def _find(site: SiteSummary, tensors: Mapping[str, Tensor]) -> _Saved:
     return _Saved(site, a, b, m, A, B, None if m is None else tensors[m])
 
 
-def _take_apart(site: _Saved, weights: Mapping[str, Tensor], *, folds: bool) -> Decomposition:
-    if site.magnitude is None:
-        return decompose(site.matrix, None)
-    weight = weights[site.summary.name]
-    expected = (site.B.shape[0], math.prod(site.A.shape[1:]))
-    if weight.shape != expected:
-        raise ExportError(
-            f"site {site.summary.name!r} is of shape {expected} in the adapter and "
-            f"{tuple(weight.shape)} in the base model; name its own base model"
-        )
-    return (fold if folds else decompose)(site.matrix, weight)
+def _describe_adapter(
+    sites: Sequence[_Saved], summary: AdapterSummary, request: Request, base_rows: BaseRows
+) -> Adapter:
+    with_magnitude = [site.summary.name for site in sites if site.magnitude is not None]
+    weights = cache(lambda: base_rows(with_magnitude))
+    return Adapter(
+        sites=tuple(site.describe(*request.bounds_of(site.summary.name)) for site in sites),
+        matrices=tuple(site.matrix for site in sites),
+        weight_of=lambda name: weights()[name],
+        parameters=summary.parameters,
+        base_parameters=_unknown,
+        bytes_per_parameter=sites[0].A.element_size(),
+    )
+
+
+def _unknown() -> int:
+    raise BudgetError(
+        "fraction counts the base model's parameters, and the model is not loaded; give rank, "
+        "params or bytes"
+    )
 
 
 def _write(
@@ -194,8 +178,8 @@ def _write(
 ) -> None:
     written = {k: t for k, t in tensors.items() if not any(k in (s.a, s.b, s.m) for s in sites)}
     scales = {}
-    for site, part, keep in zip(sites, decision.parts, decision.keep, strict=True):
-        own = _rebuild(site, part, keep)
+    for site, left in zip(sites, decision.remainders(), strict=True):
+        own = _rebuild(site, left)
         if own:
             scales[site.summary.name] = (site.summary.scale, own[site.a].shape[0])
             written |= own
@@ -215,9 +199,9 @@ def _write(
     )
 
 
-def _rebuild(site: _Saved, part: Decomposition, keep: IntArray) -> dict[str, Tensor]:
+def _rebuild(site: _Saved, left: Remainder) -> dict[str, Tensor]:
     """Return the site's tensors as they are saved; none for a site with nothing left."""
-    A, B, magnitude = part.A[keep], part.B[:, keep], magnitude_after(part, keep)
+    A, B, magnitude = left.A, left.B, left.magnitude
     if len(A) == 0:
         if magnitude is None:
             return {}
