@@ -111,7 +111,10 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run or a checkpoint.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     format: Annotated[
-        str, typer.Option(help="peft, peft-uniform (vLLM and the like), merged, or lora-svd.")
+        str,
+        typer.Option(
+            help="peft, peft-uniform (vLLM and the like), diffusers, merged, or lora-svd."
+        ),
     ] = "peft",
     base: Annotated[
         str | None,

@@ -18,7 +18,7 @@ from rankflow.export.compression import Compression, Request
 from rankflow.export.decide import Adapter, Decision, Remainder, decide
 from rankflow.export.decompose import AdaptedMatrix
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, SiteSummary, inspect_adapter
-from rankflow.export.peft import write_adapter
+from rankflow.export.write import peft_layout, write_adapter
 from rankflow.records import SiteInfo, SiteKind
 from rankflow.specs.budget import BudgetSpec
 
@@ -189,8 +189,10 @@ def _write(
     write_adapter(
         output,
         written,
-        save_config=lambda folder: (folder / CONFIG).write_text(
-            json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        layout=peft_layout(
+            lambda folder: (folder / CONFIG).write_text(
+                json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
         ),
         ranks=decision.record.ranks,
         trained=decision.record.parameters,

@@ -14,8 +14,9 @@ from rankflow.export.formats import find_format
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, inspect_adapter
 from rankflow.export.loading import load_adapted
 from rankflow.export.options import ExportOptions
-from rankflow.export.peft import export_adapter, write_adapter
+from rankflow.export.peft import export_adapter
 from rankflow.export.report import ExportReport, measure_files, write_report
+from rankflow.export.write import peft_layout, write_adapter
 
 
 def export_folder(
@@ -65,7 +66,7 @@ def _copy(adapter: Path, summary: AdapterSummary, output: Path) -> Path:
     return write_adapter(
         output,
         load_file(adapter / WEIGHTS),
-        save_config=lambda folder: shutil.copyfile(adapter / CONFIG, folder / CONFIG),
+        layout=peft_layout(lambda folder: shutil.copyfile(adapter / CONFIG, folder / CONFIG)),
         ranks=summary.ranks,
         trained=summary.trained_parameters,
         base_model=summary.base_model,

@@ -33,14 +33,16 @@ class Format:
 
 _SERVERS: Final = "vLLM, SGLang, LoRAX, TGI: they ignore or refuse rank patterns and DoRA"
 
+_DIFFUSERS: Final = "diffusers: its own loader takes scales from another place; export as diffusers"
+
 FORMATS: Final = {
     one.name: one
     for one in (
         Format(
             name="peft",
             writes="the adapter, exact, each site at its own rank",
-            loads_in=("peft", "transformers (load_adapter)", "diffusers"),
-            fails_in=(_SERVERS,),
+            loads_in=("peft", "transformers (load_adapter)"),
+            fails_in=(_SERVERS, _DIFFUSERS),
             options=frozenset(),
             home=("rankflow.export.peft", "write_peft"),
         ),
@@ -53,6 +55,14 @@ FORMATS: Final = {
             home=("rankflow.export.uniform", "write_uniform"),
         ),
         Format(
+            name="diffusers",
+            writes="the adapter, exact, each site at its own rank, for models and pipelines",
+            loads_in=("diffusers",),
+            fails_in=("ComfyUI, kohya: they read another layout, and DoRA otherwise",),
+            options=frozenset(),
+            home=("rankflow.export.diffusers", "write_diffusers"),
+        ),
+        Format(
             name="merged",
             writes="the whole model with the adapter merged into its weights",
             loads_in=("transformers", "everything that loads the base model"),
@@ -63,10 +73,11 @@ FORMATS: Final = {
         Format(
             name="lora-svd",
             writes="plain LoRA that approximates the change which DoRA makes",
-            loads_in=("peft", "transformers (load_adapter)", "diffusers"),
+            loads_in=("peft", "transformers (load_adapter)"),
             fails_in=(
                 "vLLM, SGLang, LoRAX, TGI: they ignore or refuse rank patterns; export this folder "
                 "again as peft-uniform",
+                _DIFFUSERS,
             ),
             options=frozenset({"rank", "max_error"}),
             home=("rankflow.export.lora_svd", "write_lora_svd"),

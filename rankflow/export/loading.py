@@ -1,8 +1,10 @@
-"""Load an adapter's folder on its base model, by transformers and PEFT alone."""
+"""Load an adapter's folder on its base model, by stock libraries alone."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,9 +90,26 @@ def load_adapted(adapter: Path, base_model: str | None = None) -> PeftModel:
 
 
 def _load_own_class(name: str) -> Any:
-    """Load a model by the class that saved it; only transformers' own are trusted."""
+    """Load a model by the class that saved it; only transformers' and diffusers' are trusted."""
+    if _is_of_diffusers(Path(name) / "config.json"):
+        return _load_by_diffusers(name)
     saved = getattr(AutoConfig.from_pretrained(name), "architectures", None) or ["AutoModel"]
     return getattr(transformers, saved[0], AutoModel).from_pretrained(name)
+
+
+def _is_of_diffusers(config: Path) -> bool:
+    return config.is_file() and "_class_name" in json.loads(config.read_text(encoding="utf-8"))
+
+
+def _load_by_diffusers(name: str) -> Any:
+    if find_spec("diffusers") is None:
+        raise ExportError(
+            f"{name} is a model of diffusers, which is not installed; install it by "
+            "`pip install 'rankflow[diffusers]'`"
+        )
+    from diffusers import AutoModel as DiffusersModel
+
+    return DiffusersModel.from_pretrained(name)
 
 
 def _count_labels(adapter: Path) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import exactly
 from rankflow.export.job import ExportJob
-from rankflow.export.peft import Check, write_adapter
+from rankflow.export.write import Check, peft_layout, write_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def write_plain(
     return write_adapter(
         job.path,
         tensors,
-        save_config=config.save_pretrained,
+        layout=peft_layout(config.save_pretrained),
         ranks={site.name: _rank(factors.get(site.name)) for site in job.sites},
         trained=None,
         base_model=job.base_model,
