@@ -3,6 +3,8 @@
 import runpy
 from pathlib import Path
 
+import pytest
+
 from rankflow.specs.run import load_run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -27,6 +29,17 @@ def test_the_callback_prunes_a_trainers_model_to_its_budget(capsys):
     spent, limit = (int(n.replace(",", "")) for n in rest.split(" parameters")[0].split(" of "))
     assert int(events) > 3
     assert spent <= limit
+
+
+def test_a_diffusion_models_dora_is_loaded_by_diffusers_with_equal_outputs(monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    example = runpy.run_path(str(EXAMPLES / "diffusers_dora.py"))
+    monkeypatch.setitem(example["main"].__globals__, "STEPS", 40)
+    example["main"]()
+    *events, ranks, difference = capsys.readouterr().out.splitlines()
+    assert all("pruned" in event for event in events)
+    assert float(ranks.split("loss")[1]) < 0.6
+    assert float(difference.split("differs by at most")[1]) <= 1e-5
 
 
 def test_the_quickstarts_run_spec_loads():
