@@ -66,14 +66,9 @@ def compress(
         RankFlowError: The loss is not fit for calibration.
         SiteError: The model has no such adapter.
     """
-    request = Request(budget, error)
+    request = Request(budget, error, is_calibrated=loss is not None)
     if (loss is None) != (batches is None):
         raise SpecError("calibration needs both loss and batches; give both, or neither")
-    if loss is not None and True in request.ways:
-        raise SpecError(
-            "calibration scores the components that there are, not those that magnitudes are "
-            "folded into; set magnitude = 'always', or leave loss and batches out"
-        )
     sites = find_sites(model, adapter_name)
     _check_sites(model, sites, adapter_name)
     score: Score | None = None

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,17 +16,39 @@ from rankflow.adapters.stock import check_initialisation, exactly, plain_alpha
 from rankflow.errors import BudgetError, ExportError, RankFlowError, SiteError
 from rankflow.export.compression import Compression, Request
 from rankflow.export.decide import Adapter, Decision, Remainder, decide
-from rankflow.export.decompose import AdaptedMatrix
+from rankflow.export.decompose import AdaptedMatrix, Decomposition
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, SiteSummary, inspect_adapter
 from rankflow.export.write import peft_layout, write_adapter
-from rankflow.records import SiteInfo, SiteKind
+from rankflow.records import FloatArray, SiteInfo, SiteKind
 from rankflow.specs.budget import BudgetSpec
 
-BaseRows = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""From names of sites to their base weights, ``(out, in)``."""
+Scores = Callable[[Mapping[str, Decomposition]], Mapping[str, FloatArray]]
+"""From the components of every site to what each is worth to a loss, by site name."""
 
 _PREFIX: Final = "base_model.model."
 _PARTS: Final = {"A", "B", "embedding_A", "embedding_B", "magnitude_vector"}
+
+
+def _unknown() -> int:
+    raise BudgetError(
+        "fraction counts the base model's parameters, and nothing tells them; give rank, params or "
+        "bytes"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BaseReader:
+    """What may be asked about the base model of a saved adapter.
+
+    Attributes:
+        rows: From names of sites to their weights, ``(out, in)``; asked for those of DoRA sites.
+        parameters: Counts its parameters; asked for a budget that is a share of them.
+        scores: Scores components by a loss; None to choose them by their energy.
+    """
+
+    rows: Callable[[Sequence[str]], Mapping[str, Tensor]]
+    parameters: Callable[[], int] = _unknown
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +101,7 @@ def compress_folder(
     budget: BudgetSpec | int | None = None,
     *,
     error: float | None = None,
-    base_rows: BaseRows,
+    base: BaseReader,
 ) -> Compression:
     """Write a compressed copy of a saved adapter, wholly or not at all.
 
@@ -90,15 +112,16 @@ def compress_folder(
         output: The folder to write.
         budget: What may be left: a budget spec, or a number of parameters.
         error: Instead of a budget, the largest relative error allowed.
-        base_rows: Reads weights of the base model; asked for those of DoRA sites only.
+        base: Reads the base model.
 
     Raises:
-        SpecError: Not exactly one of ``budget`` and ``error``.
+        SpecError: Not exactly one of ``budget`` and ``error``, or magnitudes that a calibration
+            cannot fold.
         BudgetError: The request cannot be met.
         ExportError: The adapter cannot be compressed, or the output cannot be written.
         RankFlowError: The adapter is missing, damaged or of another kind.
     """
-    request = Request(budget, error)
+    request = Request(budget, error, is_calibrated=base.scores is not None)
     if source.resolve() == output.resolve():
         raise ExportError(f"{output} is the adapter itself; write the compressed one elsewhere")
     summary = inspect_adapter(source)
@@ -106,7 +129,9 @@ def compress_folder(
     _check_config(config, source)
     tensors = load_file(source / WEIGHTS)
     sites = tuple(_find(site, tensors) for site in summary.sites)
-    decision = decide(_describe_adapter(sites, summary, request, base_rows), request)
+    names = [site.summary.name for site in sites]
+    score = None if base.scores is None else partial(_score, base.scores, names)
+    decision = decide(_describe_adapter(sites, summary, request, base), request, score)
     _write(output, summary, config, tensors, sites, decision)
     return decision.record
 
@@ -147,25 +172,25 @@ def _find(site: SiteSummary, tensors: Mapping[str, Tensor]) -> _Saved:
 
 
 def _describe_adapter(
-    sites: Sequence[_Saved], summary: AdapterSummary, request: Request, base_rows: BaseRows
+    sites: Sequence[_Saved], summary: AdapterSummary, request: Request, base: BaseReader
 ) -> Adapter:
     with_magnitude = [site.summary.name for site in sites if site.magnitude is not None]
-    weights = cache(lambda: base_rows(with_magnitude))
+    weights = cache(lambda: base.rows(with_magnitude))
     return Adapter(
         sites=tuple(site.describe(*request.bounds_of(site.summary.name)) for site in sites),
         matrices=tuple(site.matrix for site in sites),
         weight_of=lambda name: weights()[name],
         parameters=summary.parameters,
-        base_parameters=_unknown,
+        base_parameters=base.parameters,
         bytes_per_parameter=sites[0].A.element_size(),
     )
 
 
-def _unknown() -> int:
-    raise BudgetError(
-        "fraction counts the base model's parameters, and the model is not loaded; give rank, "
-        "params or bytes"
-    )
+def _score(
+    scores: Scores, names: Sequence[str], parts: Sequence[Decomposition]
+) -> list[FloatArray]:
+    found = scores(dict(zip(names, parts, strict=True)))
+    return [found[name] for name in names]
 
 
 def _write(

@@ -68,13 +68,16 @@ class Request:
     Attributes:
         budget: A budget spec, or a number of parameters.
         error: The largest relative error allowed.
+        is_calibrated: Whether components are chosen by what they are worth to a loss.
 
     Raises:
-        SpecError: Both are given, or neither, or the error is negative.
+        SpecError: Both are given, or neither, or the error is negative, or magnitudes may be
+            folded into components that are calibrated.
     """
 
     budget: BudgetSpec | int | None
     error: float | None
+    is_calibrated: bool = False
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.error is None):
@@ -83,6 +86,11 @@ class Request:
             )
         if self.error is not None and self.error < 0:
             raise SpecError(f"error = {self.error}: a relative error is at least 0, as in 0.01")
+        if self.is_calibrated and True in self.ways:
+            raise SpecError(
+                "calibration scores the components that there are, not those that magnitudes are "
+                "folded into; set magnitude = 'always', or choose by energy"
+            )
 
     @property
     def spec(self) -> BudgetSpec | None:
