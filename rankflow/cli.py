@@ -334,12 +334,15 @@ def show_preset(
 
 
 def _base_of(adapter: Path, base: str | None) -> Any:
-    from rankflow.analysis.base_rows import read_base_rows
+    from rankflow.analysis.base_rows import count_base_parameters, read_base_rows
     from rankflow.export.compress_folder import BaseReader
     from rankflow.export.inspect import inspect_adapter
 
     named = inspect_adapter(adapter).base_model if base is None else base
-    return BaseReader(lambda sites: read_base_rows(named, sites))
+    return BaseReader(
+        rows=lambda sites: read_base_rows(named, sites),
+        parameters=lambda: count_base_parameters(named, adapter),
+    )
 
 
 def _calibrated_base(adapter: Path, base: str | None, run: Path) -> Any:

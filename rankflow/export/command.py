@@ -116,7 +116,9 @@ def find_source(adapter: str) -> Path:
         return Path(snapshot_download(adapter, allow_patterns=[CONFIG, WEIGHTS]))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise RankFlowError(
-            f"{adapter} is no folder here, and cannot be fetched from the hub: {error}"
+            f"{adapter} is no folder here, and cannot be fetched from the hub: "
+            f"{str(error).splitlines()[0]}; name a folder, or fetch the adapter while there is a "
+            "connection, since the hub's cache is read without one"
         ) from error
 
 

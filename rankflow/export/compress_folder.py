@@ -223,6 +223,7 @@ def _write(
         trained=decision.record.parameters,
         base_model=summary.base_model,
         facts=None,
+        classes=summary.classes,
     )
 
 

@@ -19,7 +19,7 @@ from rankflow.export.check import Loader, check_adapter, judge_exact
 from rankflow.export.diffusion import is_diffusers_model
 from rankflow.export.job import ExportJob
 from rankflow.export.peft import stock_state
-from rankflow.export.plain import beside_sites
+from rankflow.export.plain import refuse_beside_sites
 from rankflow.export.write import Layout, write_adapter
 
 WEIGHTS: Final = "pytorch_lora_weights.safetensors"
@@ -45,7 +45,9 @@ def write_diffusers(job: ExportJob) -> Path:
     """
     base = job.model.get_base_model()
     _check_base(base)
-    _refuse_others(job)
+    refuse_beside_sites(
+        job, "diffusers loads LoRA alone; use peft, which PeftModel.from_pretrained loads"
+    )
     prefix = _prefix(base)
     state = stock_state(job)
     return write_adapter(
@@ -72,15 +74,6 @@ def _check_base(base: nn.Module) -> None:
         raise ExportError(
             f"diffusers loads no adapters into a {type(base).__name__}, it has no "
             "load_lora_adapter; use peft, which PeftModel.from_pretrained loads"
-        )
-
-
-def _refuse_others(job: ExportJob) -> None:
-    others = sorted(beside_sites(job))
-    if others:
-        raise ExportError(
-            f"the adapter trains {others[0].removeprefix('base_model.model.')!r} beside its sites, "
-            "and diffusers loads LoRA alone; use peft, which PeftModel.from_pretrained loads"
         )
 
 

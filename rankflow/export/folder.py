@@ -71,6 +71,7 @@ def _copy(adapter: Path, summary: AdapterSummary, output: Path) -> Path:
         trained=summary.trained_parameters,
         base_model=summary.base_model,
         facts=None,
+        classes=summary.classes,
         check=lambda folder: _report_copy(folder, summary),
     )
 

@@ -81,6 +81,7 @@ def write_peft(job: ExportJob) -> Path:
         trained=sum(site.parameters for site in job.sites),
         base_model=job.base_model,
         facts=job.facts,
+        classes=job.classes,
         check=lambda folder: check_adapter(job, folder, judge_exact(job)),
     )
 

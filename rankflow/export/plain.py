@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import exactly
+from rankflow.errors import ExportError
 from rankflow.export.job import ExportJob
 from rankflow.export.write import Check, peft_layout, write_adapter
 
@@ -60,6 +61,7 @@ def write_plain(
         trained=None,
         base_model=job.base_model,
         facts=job.facts,
+        classes=job.classes,
         check=check,
     )
 
@@ -93,6 +95,22 @@ def beside_sites(job: ExportJob) -> dict[str, Tensor]:
         translate_state_dicts(site.layer, job.adapter_name)
     state = get_peft_model_state_dict(job.model, adapter_name=job.adapter_name)
     return {key: tensor for key, tensor in state.items() if ".lora_" not in key}
+
+
+def refuse_beside_sites(job: ExportJob, consequence: str) -> None:
+    """Refuse an adapter that trains more than its sites.
+
+    Args:
+        job: The export.
+        consequence: What its readers make of that, and what to do instead.
+
+    Raises:
+        ExportError: It does.
+    """
+    others = sorted(beside_sites(job))
+    if others:
+        name = others[0].removeprefix("base_model.model.")
+        raise ExportError(f"the adapter trains {name!r} beside its sites, and {consequence}")
 
 
 def _rank(factors: Factors | None) -> int:

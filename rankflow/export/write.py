@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,6 +65,7 @@ def write_adapter(
     trained: int | None,
     base_model: str,
     facts: AdapterFacts | None,
+    classes: Mapping[str, Any] | None = None,
     check: Check | None = None,
 ) -> Path:
     """Write the folder of an adapter and check it, wholly or not at all.
@@ -76,6 +78,7 @@ def write_adapter(
         trained: Parameters of the sites that were trained; None if that is not known.
         base_model: Name or path of the base model; may be empty.
         facts: What the run knows of the adapter.
+        classes: What the configuration of a classifier says of its classes.
         check: Called with the written folder before it gets its name; raises if it is wrong.
 
     Raises:
@@ -107,6 +110,7 @@ def write_adapter(
             "ranks": dict(ranks),
             "trained_parameters": trained,
             "stored_parameters": size,
+            "classes": classes,
             "run": None if facts is None else asdict(facts),
         }
         (folder / FACTS).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

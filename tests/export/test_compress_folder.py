@@ -203,6 +203,19 @@ def test_requests_that_do_not_fit_are_refused_and_nothing_is_written(saved, tmp_
     assert not small.exists()
 
 
+def test_a_share_of_the_base_models_parameters_is_a_budget_where_they_can_be_counted(
+    saved, tmp_path
+):
+    model, folder = saved()
+    base = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    budget = rf.load_budget("reallocate", fraction=0.5)
+    reader = BaseReader(no_base, parameters=lambda: base)
+    result = compress_folder(folder, tmp_path / "small", budget, base=reader)
+    in_memory = rf.compress(model, budget)
+    assert result.parameters == in_memory.parameters <= 0.5 * base
+    assert result.ranks == in_memory.ranks
+
+
 def test_bfloat16_stays_bfloat16(saved, tmp_path):
     _, folder = saved()
     tensors = {key: tensor.bfloat16() for key, tensor in load_file(folder / WEIGHTS).items()}
