@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 
 from rankflow.cli import app
 from rankflow.errors import ExportError
+from rankflow.export.compress_folder import BaseReader, compress_folder
 from rankflow.export.folder import export_folder
-from rankflow.export.inspect import CONFIG
+from rankflow.export.inspect import CONFIG, inspect_adapter
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
 from rankflow.export.report import REPORT, read_report
@@ -63,6 +64,34 @@ def test_the_number_of_classes_is_the_heads_and_not_the_base_models(make_adapted
     folder = export_folder(adapter, tmp_path / "out", format="merged", base_model=str(base))
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     assert loaded.config.num_labels == 3
+
+
+NAMES = {0: "red", 1: "green", 2: "blue"}
+
+
+@pytest.mark.parametrize("steps", [[], ["peft"], ["lora-svd"], ["compress"]])
+def test_the_names_of_the_classes_reach_a_merged_model(make_adapted, tmp_path, steps):
+    model = make_adapted("bert")
+    config = model.get_base_model().config
+    config.id2label, config.problem_type = NAMES, "single_label_classification"
+    adapter = export_adapter(model, tmp_path / "adapter")
+    for step in steps:
+        between = tmp_path / step
+        if step == "compress":
+            compress_folder(adapter, between, error=0.3, base=BaseReader(lambda sites: {}))
+        else:
+            export_folder(adapter, between, format=step)
+        adapter = between
+    folder = export_folder(adapter, tmp_path / "out", format="merged")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert loaded.config.id2label == NAMES
+    assert loaded.config.label2id == {"red": 0, "green": 1, "blue": 2}
+    assert loaded.config.problem_type == "single_label_classification"
+
+
+def test_a_language_model_has_no_classes(make_adapted, tmp_path):
+    adapter = export_adapter(make_adapted(), tmp_path / "adapter")
+    assert inspect_adapter(adapter).classes is None
 
 
 def test_dora_reaches_a_server_through_its_approximation(
