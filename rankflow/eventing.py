@@ -23,6 +23,7 @@ def describe(
     names = [site.name for site in table.sites]
     before, after = _magnitudes(table, plan)
     spent_before = table.cost_of(table.ranks, before)
+    parameters = table.costs_of(plan.ranks, after)
     reason = "the budget fell" if spent_before > limit else "another site promises more"
     importance = np.bincount(table.site_index, weights=table.scores, minlength=len(names))
     return RankEvent(
@@ -30,7 +31,7 @@ def describe(
         step=step,
         limit=limit,
         spent_before=spent_before,
-        spent=table.cost_of(plan.ranks, after),
+        spent=int(parameters.sum()),
         ranks_before=dict(zip(names, table.ranks.tolist(), strict=True)),
         ranks=dict(zip(names, plan.ranks.tolist(), strict=True)),
         importance=dict(zip(names, importance.tolist(), strict=True)),
@@ -40,6 +41,8 @@ def describe(
         magnitudes={}
         if table.magnitudes is None
         else dict(zip(names, after.tolist(), strict=True)),
+        parameters=dict(zip(names, parameters.tolist(), strict=True)),
+        magnitude_change=_magnitude_change(table, before),
     )
 
 
@@ -50,6 +53,17 @@ def _magnitudes(table: ComponentTable, plan: RankPlan) -> tuple[BoolArray, BoolA
         return none, none
     before = table.magnitudes.on
     return before, before if plan.magnitudes is None else plan.magnitudes
+
+
+def _magnitude_change(table: ComponentTable, on: BoolArray) -> dict[str, float]:
+    """Tell how far magnitudes stood from the norms, at the sites that train one."""
+    if table.magnitude_change is None:
+        return {}
+    return {
+        site.name: float(change)
+        for site, is_on, change in zip(table.sites, on, table.magnitude_change, strict=True)
+        if site.has_magnitude and (is_on or not site.is_budgeted)
+    }
 
 
 def _pruned(table: ComponentTable, plan: RankPlan, reason: str) -> tuple[ComponentChange, ...]:

@@ -92,6 +92,8 @@ class ComponentTable:
         ages: Events that each component has lived through since its birth, shape ``(C,)``.
         demand: Estimated score of one more component at each site, shape ``(S,)``.
         magnitudes: The magnitudes, if the budget covers them.
+        magnitude_change: Mean of ``|m / n - 1|`` over each site's rows, shape ``(S,)``, 0 where no
+            magnitude is trained; it decides nothing and is reported.
     """
 
     sites: tuple[SiteInfo, ...]
@@ -100,6 +102,7 @@ class ComponentTable:
     ages: IntArray
     demand: FloatArray
     magnitudes: MagnitudeTable | None = None
+    magnitude_change: FloatArray | None = None
 
     @property
     def site_index(self) -> IntArray:
@@ -128,8 +131,13 @@ class ComponentTable:
 
     def cost_of(self, ranks: IntArray, magnitudes: BoolArray | None = None) -> int:
         """Trainable adapter parameters at these ranks and budgeted magnitudes, each ``(S,)``."""
-        on = 0 if magnitudes is None else int(self.magnitude_costs @ magnitudes)
-        return self.fixed_cost + int(self.component_costs @ ranks) + on
+        return int(self.costs_of(ranks, magnitudes).sum())
+
+    def costs_of(self, ranks: IntArray, magnitudes: BoolArray | None = None) -> IntArray:
+        """Trainable parameters of each site, shape ``(S,)``, at ranks and magnitudes ``(S,)``."""
+        fixed = np.array([site.fixed_cost for site in self.sites], dtype=np.int64)
+        costs = fixed + self.component_costs * ranks
+        return costs if magnitudes is None else costs + self.magnitude_costs * magnitudes
 
     @property
     def magnitude_costs(self) -> IntArray:
@@ -216,6 +224,9 @@ class RankEvent:
         seconds: Wall time of the event.
         magnitudes: Whether each site trains a magnitude after it, by site name; empty if the
             budget does not cover them.
+        parameters: Trainable parameters of each site after it, by site name.
+        magnitude_change: Mean of ``|m / n - 1|`` over the rows before the event, by the name of
+            each site that trained a magnitude then.
     """
 
     index: int
@@ -230,6 +241,8 @@ class RankEvent:
     born: tuple[ComponentChange, ...]
     seconds: float
     magnitudes: dict[str, bool] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    magnitude_change: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

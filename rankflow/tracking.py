@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rankflow.adapters.sites import Site, magnitudes_on
 from rankflow.allocation.demand import estimate_demand, price_by_gradient
+from rankflow.importance.magnitudes import change_of_magnitudes
 from rankflow.importance.registry import make_scorers
 from rankflow.records import ComponentTable, MagnitudeTable, RankPlan, SiteInfo
 from rankflow.specs.budget import BudgetSpec
@@ -49,9 +50,11 @@ class Tracker:
                 components span, shape ``(S,)``; 0 where it was not measured.
         """
         ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
-        read = [energy, *(scorer.read() for scorer in self.scorers.values())]
+        change = change_of_magnitudes(self._sites)
+        read = [energy, change, *(scorer.read() for scorer in self.scorers.values())]
         values = torch.cat(read).to("cpu", torch.float64).numpy()
-        energies, scores, magnitude_scores = np.split(values, np.cumsum([len(ranks), ranks.sum()]))
+        ends = np.cumsum([len(ranks), len(ranks), ranks.sum()])
+        energies, changes, scores, magnitude_scores = np.split(values, ends)
         mature = self._ages >= self._protect
         self._demand = estimate_demand(ranks, scores, mature, self._demand)
         demand = price_by_gradient(self._demand, ranks, energies)
@@ -60,7 +63,7 @@ class Tracker:
             on = magnitudes_on(self._sites)
             self._promise = np.where(on, magnitude_scores, self._promise)
             magnitudes = MagnitudeTable(on, self._promise, self._magnitude_ages)
-        return ComponentTable(self._infos, ranks, scores, self._ages, demand, magnitudes)
+        return ComponentTable(self._infos, ranks, scores, self._ages, demand, magnitudes, changes)
 
     def follow(self, table: ComponentTable, plan: RankPlan) -> None:
         """Follow components and magnitudes through a resize that has been carried out."""

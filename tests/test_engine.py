@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.optimization import Adafactor
 
+from rankflow.adapters.sites import find_sites
 from rankflow.checkpoint import load_state, save_state
 from rankflow.engine import RankFlow
 from rankflow.errors import (
@@ -214,6 +215,8 @@ def test_every_event_keeps_the_budget_the_scales_and_the_count(name, use_dora):
         if event is not None:
             happened += 1
             assert event.spent == flow.spent <= flow.limit == event.limit
+            sites = find_sites(model)
+            assert event.parameters == {site.name: site.parameters for site in sites}
             assert event.ranks == flow.ranks
     assert happened == len(flow.history) == 8
     assert flow.spent <= flow.limit == flow.resolved.target

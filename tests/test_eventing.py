@@ -129,3 +129,20 @@ def test_a_magnitude_above_the_budget_goes_because_the_budget_fell():
 
 def test_without_budgeted_magnitudes_an_event_says_nothing_of_them():
     assert describe(make_table(), make_plan(), 4, 120, 70, 0.25).magnitudes == {}
+
+
+def test_the_parameters_of_a_site_are_those_after_the_event():
+    plan = replace(make_plan(), magnitudes=np.array([False, True, False]))
+    event = describe(covered_table(), plan, 0, 1, 67, 0.0)
+    assert event.parameters == {"q": 10, "k": 6 + 10, "v": 3 * 10}
+    assert sum(event.parameters.values()) == event.spent
+
+
+def test_the_change_of_magnitudes_is_told_of_the_sites_that_trained_one_before_the_event():
+    plan = replace(make_plan(), magnitudes=np.array([False, True, False]))
+    changes = np.array([0.5, 0.0, 0.0])
+    covered = replace(covered_table(), magnitude_change=changes)
+    assert describe(covered, plan, 0, 1, 67, 0.0).magnitude_change == {"q": 0.5}
+    always = replace(make_table(), magnitude_change=changes)
+    told = describe(always, make_plan(), 0, 1, 70, 0.0).magnitude_change
+    assert told == {"q": 0.5, "k": 0.0, "v": 0.0}

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rankflow.adapters.stock import check_initialisation, exactly, plain_alpha
 from rankflow.errors import BudgetError, ExportError, RankFlowError, SiteError
@@ -18,7 +19,8 @@ from rankflow.export.compression import Compression, Request
 from rankflow.export.decide import Adapter, Decision, Remainder, decide
 from rankflow.export.decompose import AdaptedMatrix, Decomposition
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, SiteSummary, inspect_adapter
-from rankflow.export.write import peft_layout, write_adapter
+from rankflow.export.tokenizer import find_tokenizer
+from rankflow.export.write import About, peft_layout, write_adapter
 from rankflow.records import FloatArray, SiteInfo, SiteKind
 from rankflow.specs.budget import BudgetSpec
 
@@ -132,7 +134,7 @@ def compress_folder(
     names = [site.summary.name for site in sites]
     score = None if base.scores is None else partial(_score, base.scores, names)
     decision = decide(_describe_adapter(sites, summary, request, base), request, score)
-    _write(output, summary, config, tensors, sites, decision)
+    _write(output, summary, config, tensors, sites, decision, find_tokenizer(source))
     return decision.record
 
 
@@ -200,6 +202,7 @@ def _write(
     tensors: dict[str, Tensor],
     sites: Sequence[_Saved],
     decision: Decision,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     written = {k: t for k, t in tensors.items() if not any(k in (s.a, s.b, s.m) for s in sites)}
     scales = {}
@@ -219,11 +222,14 @@ def _write(
                 json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8"
             )
         ),
-        ranks=decision.record.ranks,
-        trained=decision.record.parameters,
-        base_model=summary.base_model,
-        facts=None,
-        classes=summary.classes,
+        about=About(
+            ranks=decision.record.ranks,
+            trained=decision.record.parameters,
+            base_model=summary.base_model,
+            facts=None,
+            classes=summary.classes,
+            tokenizer=tokenizer,
+        ),
     )
 
 

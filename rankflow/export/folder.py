@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from rankflow.errors import ExportError
 from rankflow.export.formats import find_format
@@ -16,7 +15,8 @@ from rankflow.export.loading import load_adapted
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
 from rankflow.export.report import ExportReport, measure_files, write_report
-from rankflow.export.write import peft_layout, write_adapter
+from rankflow.export.tokenizer import TOKENIZER, find_tokenizer
+from rankflow.export.write import About, peft_layout, write_adapter
 
 
 def export_folder(
@@ -52,26 +52,28 @@ def export_folder(
     options.check(chosen)
     adapter = find_adapter(Path(source))
     summary = inspect_adapter(adapter)
+    if options.tokenizer is None and "tokenizer" in chosen.options:
+        options = replace(options, tokenizer=find_tokenizer(adapter))
     if format == "peft" and base_model is None:
-        return _copy(adapter, summary, Path(output))
+        return _copy(adapter, summary, Path(output), options)
     model = load_adapted(adapter, base_model)
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    if "tokenizer" in chosen.options and options.tokenizer is None and has_tokenizer:
-        options = replace(options, tokenizer=AutoTokenizer.from_pretrained(adapter))
     return export_adapter(model, output, format=format, options=options)
 
 
-def _copy(adapter: Path, summary: AdapterSummary, output: Path) -> Path:
+def _copy(adapter: Path, summary: AdapterSummary, output: Path, options: ExportOptions) -> Path:
     """Write an adapter again without its base model."""
     return write_adapter(
         output,
         load_file(adapter / WEIGHTS),
         layout=peft_layout(lambda folder: shutil.copyfile(adapter / CONFIG, folder / CONFIG)),
-        ranks=summary.ranks,
-        trained=summary.trained_parameters,
-        base_model=summary.base_model,
-        facts=None,
-        classes=summary.classes,
+        about=About(
+            ranks=summary.ranks,
+            trained=summary.trained_parameters,
+            base_model=summary.base_model,
+            facts=None,
+            classes=summary.classes,
+            tokenizer=options.tokenizer,
+        ),
         check=lambda folder: _report_copy(folder, summary),
     )
 
@@ -89,6 +91,7 @@ def _report_copy(folder: Path, summary: AdapterSummary) -> None:
         bytes=size,
         largest_rank=max(summary.ranks.values()),
         not_probed="the base model was not loaded; name it with --base",
+        tokenizer=(folder / TOKENIZER).is_file(),
     )
     write_report(folder, report)
 

@@ -43,7 +43,7 @@ FORMATS: Final = {
             writes="the adapter, exact, each site at its own rank",
             loads_in=("peft", "transformers (load_adapter)"),
             fails_in=(_SERVERS, _DIFFUSERS),
-            options=frozenset(),
+            options=frozenset({"tokenizer"}),
             home=("rankflow.export.peft", "write_peft"),
         ),
         Format(
@@ -51,7 +51,7 @@ FORMATS: Final = {
             writes="a LoRA adapter of one rank, zero-padded, with the scale baked in",
             loads_in=("peft", "vLLM", "SGLang", "LoRAX", "llama.cpp (by its converter)"),
             fails_in=(),
-            options=frozenset({"rank"}),
+            options=frozenset({"rank", "tokenizer"}),
             home=("rankflow.export.uniform", "write_uniform"),
         ),
         Format(
@@ -79,7 +79,7 @@ FORMATS: Final = {
                 "again as peft-uniform",
                 _DIFFUSERS,
             ),
-            options=frozenset({"rank", "max_error"}),
+            options=frozenset({"rank", "max_error", "tokenizer"}),
             home=("rankflow.export.lora_svd", "write_lora_svd"),
         ),
     )

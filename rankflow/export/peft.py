@@ -17,7 +17,7 @@ from rankflow.export.check import check_adapter, judge_exact
 from rankflow.export.formats import find_format
 from rankflow.export.job import ExportJob
 from rankflow.export.options import ExportOptions
-from rankflow.export.write import check_target, peft_layout, write_adapter
+from rankflow.export.write import About, check_target, peft_layout, write_adapter
 
 
 def export_adapter(
@@ -77,12 +77,20 @@ def write_peft(job: ExportJob) -> Path:
         job.path,
         stock_state(job),
         layout=peft_layout(lambda folder: _save_stock(job.model, job.adapter_name, folder)),
+        about=tell(job),
+        check=lambda folder: check_adapter(job, folder, judge_exact(job)),
+    )
+
+
+def tell(job: ExportJob) -> About:
+    """Return what is told of an adapter that is written as it is."""
+    return About(
         ranks={site.name: site.rank for site in job.sites},
         trained=sum(site.parameters for site in job.sites),
         base_model=job.base_model,
         facts=job.facts,
         classes=job.classes,
-        check=lambda folder: check_adapter(job, folder, judge_exact(job)),
+        tokenizer=job.options.tokenizer,
     )
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import LoraConfig
@@ -13,6 +13,7 @@ from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import exactly
 from rankflow.errors import ExportError
 from rankflow.export.job import ExportJob
+from rankflow.export.peft import tell
 from rankflow.export.write import Check, peft_layout, write_adapter
 
 
@@ -57,11 +58,11 @@ def write_plain(
         job.path,
         tensors,
         layout=peft_layout(config.save_pretrained),
-        ranks={site.name: _rank(factors.get(site.name)) for site in job.sites},
-        trained=None,
-        base_model=job.base_model,
-        facts=job.facts,
-        classes=job.classes,
+        about=replace(
+            tell(job),
+            ranks={site.name: _rank(factors.get(site.name)) for site in job.sites},
+            trained=None,
+        ),
         check=check,
     )
 

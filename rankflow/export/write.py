@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rankflow.durable import new_folder
 from rankflow.errors import ExportError
@@ -56,16 +57,33 @@ def peft_layout(save_config: Callable[[Path], object]) -> Layout:
     return Layout("peft", loading, WEIGHTS, {}, save_config)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What is told of an adapter, and put beside its tensors.
+
+    Attributes:
+        ranks: Rank of each site, by site name.
+        trained: Parameters of the sites that were trained; None if that is not known.
+        base_model: Name or path of the base model; may be empty.
+        facts: What the run knows of the adapter.
+        classes: What the configuration of a classifier says of its classes.
+        tokenizer: Saved with its chat template; None for none.
+    """
+
+    ranks: Mapping[str, int]
+    trained: int | None
+    base_model: str
+    facts: AdapterFacts | None
+    classes: Mapping[str, Any] | None
+    tokenizer: PreTrainedTokenizerBase | None
+
+
 def write_adapter(
     path: Path,
     tensors: Mapping[str, Tensor],
     *,
     layout: Layout,
-    ranks: Mapping[str, int],
-    trained: int | None,
-    base_model: str,
-    facts: AdapterFacts | None,
-    classes: Mapping[str, Any] | None = None,
+    about: About,
     check: Check | None = None,
 ) -> Path:
     """Write the folder of an adapter and check it, wholly or not at all.
@@ -74,11 +92,7 @@ def write_adapter(
         path: The folder to write.
         tensors: The adapter's state dict, by the keys of its library.
         layout: How that library wants the folder.
-        ranks: Rank of each site, by site name.
-        trained: Parameters of the sites that were trained; None if that is not known.
-        base_model: Name or path of the base model; may be empty.
-        facts: What the run knows of the adapter.
-        classes: What the configuration of a classifier says of its classes.
+        about: What is told of it.
         check: Called with the written folder before it gets its name; raises if it is wrong.
 
     Raises:
@@ -92,31 +106,37 @@ def write_adapter(
         layout.save_config(folder)
         save_file(stored, folder / layout.weights, metadata={"format": "pt", **layout.header})
         _check_written(folder / layout.weights, stored)
-        is_dora = any(_MAGNITUDE in key for key in stored)
-        size = sum(tensor.numel() for key, tensor in stored.items() if ".lora_" in key)
-        card = write_card(
-            ranks,
-            library=layout.library,
-            loading=layout.loading,
-            base_model=base_model,
-            is_dora=is_dora,
-            trained=size if trained is None else trained,
-            stored=size,
-            facts=facts,
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        own = {
-            "rankflow": version("rankflow"),
-            "ranks": dict(ranks),
-            "trained_parameters": trained,
-            "stored_parameters": size,
-            "classes": classes,
-            "run": None if facts is None else asdict(facts),
-        }
-        (folder / FACTS).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+        if about.tokenizer is not None:
+            about.tokenizer.save_pretrained(folder)
+        _tell(folder, stored, layout, about)
         if check is not None:
             check(folder)
     return path
+
+
+def _tell(folder: Path, stored: Mapping[str, Tensor], layout: Layout, about: About) -> None:
+    """Write the model card and RankFlow's own facts."""
+    size = sum(tensor.numel() for key, tensor in stored.items() if ".lora_" in key)
+    card = write_card(
+        about.ranks,
+        library=layout.library,
+        loading=layout.loading,
+        base_model=about.base_model,
+        is_dora=any(_MAGNITUDE in key for key in stored),
+        trained=size if about.trained is None else about.trained,
+        stored=size,
+        facts=about.facts,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    own = {
+        "rankflow": version("rankflow"),
+        "ranks": dict(about.ranks),
+        "trained_parameters": about.trained,
+        "stored_parameters": size,
+        "classes": about.classes,
+        "run": None if about.facts is None else asdict(about.facts),
+    }
+    (folder / FACTS).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
 
 
 def check_target(path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankflow.adapters.base_weight import is_zero_row
+from rankflow.adapters.base_weight import is_zero_row, magnitude_factor
 from rankflow.adapters.dora import norms_of
 from rankflow.adapters.sites import Site
 from rankflow.errors import SpecError
@@ -62,6 +62,24 @@ def make_magnitude_scorer(name: Score, sites: Sequence[Site], *, decay: float, s
             raise SpecError(f"the score {name!r} says nothing of magnitudes; use 'taylor'")
         case _:
             assert_never(name)
+
+
+@torch.no_grad()
+def change_of_magnitudes(sites: Sequence[Site]) -> Tensor:
+    r"""Mean of :math:`|m_j / n_j - 1|` over the rows of each site, shape ``(S,)``.
+
+    It is how far the magnitude stretches or shrinks the rows of ``W + s B A``, as a share of their
+    length; 0 where no magnitude is trained.
+
+    Args:
+        sites: The sites.
+    """
+    changes = torch.zeros(len(sites), device=sites[0].A.device)
+    for s, site in enumerate(sites):
+        if site.magnitude is not None:
+            factor = magnitude_factor(site.magnitude, norms_of(site))
+            changes[s].copy_((factor - 1).abs().mean(), non_blocking=True)
+    return changes
 
 
 class _Moves:

@@ -23,9 +23,9 @@ from rankflow.records import FloatArray
 from rankflow.specs.run import ModelSpec, RunSpec
 from rankflow.training.arguments import make_arguments
 from rankflow.training.data import draw_rows, load_data
-from rankflow.training.models import check_length, load_base_model
+from rankflow.training.job import load_model
 from rankflow.training.quiet import quiet_libraries
-from rankflow.training.tokens import make_collator, tokenize
+from rankflow.training.tokens import make_collator
 from rankflow.training.trainer import pooled_loss
 
 BATCHES: Final = 16
@@ -82,9 +82,7 @@ def load_calibration(spec: RunSpec, adapter: Path) -> Calibration:
     with quiet_libraries():
         args = make_arguments(spec)
         data = load_data(spec.data, spec.model.task)
-        base = load_base_model(spec.model, data.labels)
-        check_length(spec.data.max_length, base.model.config)
-        splits = tokenize(data.splits, base.tokenizer, spec.model.task, spec.data.max_length)
+        base, splits = load_model(spec, data)
         collate = make_collator(base.tokenizer, spec.model.task)
         model = _put_on(base.model.to(args.device), adapter, spec)
     rows = draw_rows(splits["train"], BATCHES * args.train_batch_size)

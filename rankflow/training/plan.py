@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.gating import convert
 from rankflow.adapters.sites import find_sites
+from rankflow.adapters.stacked import warn_of_stacked_weights
 from rankflow.allocation.policies import feasible_range
 from rankflow.allocation.pools import with_pools
 from rankflow.budgeting import ResolvedBudget, resolve_budget
@@ -99,10 +100,13 @@ def make_plan(spec: RunSpec) -> RunPlan:
     data = load_data(spec.data, spec.model.task)
     base = build_meta_model(spec.model, data.labels)
     check_length(spec.data.max_length, base.model.config)
-    rows = tokenize(data.splits, base.tokenizer, spec.model.task, spec.data.max_length)["train"]
+    rows = tokenize(
+        data.splits, base.tokenizer, spec.model.task, spec.data.max_length, spec.data.loss_on
+    )["train"]
     model = add_adapter(base, spec.model, spec.adapter)
     steps = count_steps(rows, make_arguments(spec))
     sites = find_sites(model, "default")
+    warn_of_stacked_weights(model)
     convert(sites, spec.budget.components)
     budget = resolve_budget(
         spec.budget,

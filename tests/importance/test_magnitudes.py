@@ -4,7 +4,7 @@ from torch import nn
 
 from rankflow.adapters.sites import find_sites
 from rankflow.errors import SpecError
-from rankflow.importance.magnitudes import make_magnitude_scorer
+from rankflow.importance.magnitudes import change_of_magnitudes, make_magnitude_scorer
 from rankflow.importance.registry import make_scorers
 from rankflow.specs.budget import BudgetSpec, load_budget
 
@@ -290,3 +290,15 @@ def test_a_share_of_the_site_says_nothing_of_magnitudes_and_is_refused(steered):
         load_budget("reallocate", rank=2, score="frobenius", magnitude="budgeted")
     with pytest.raises(SpecError, match="'frobenius' says nothing of magnitudes; use 'taylor'"):
         make("frobenius", steered.sites)
+
+
+def test_the_change_of_a_magnitude_is_its_mean_distance_from_the_norm_as_a_share_of_it(steered):
+    changes = change_of_magnitudes(steered.sites)
+    for change, site in zip(changes, steered.sites, strict=True):
+        if site.magnitude is None:
+            assert change == 0
+        else:
+            n = norms(steered, site)
+            expected = ((site.magnitude.flatten() - n).abs() / n).mean()
+            assert expected > 0.1
+            assert change == pytest.approx(expected.item(), rel=1e-6)
