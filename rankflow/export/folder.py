@@ -17,6 +17,7 @@ from rankflow.export.peft import export_adapter
 from rankflow.export.report import ExportReport, measure_files, write_report
 from rankflow.export.tokenizer import TOKENIZER, find_tokenizer
 from rankflow.export.write import About, peft_layout, write_adapter
+from rankflow.quiet import quiet_libraries
 
 
 def export_folder(
@@ -56,8 +57,9 @@ def export_folder(
         options = replace(options, tokenizer=find_tokenizer(adapter))
     if format == "peft" and base_model is None:
         return _copy(adapter, summary, Path(output), options)
-    model = load_adapted(adapter, base_model)
-    return export_adapter(model, output, format=format, options=options)
+    with quiet_libraries():
+        model = load_adapted(adapter, base_model)
+        return export_adapter(model, output, format=format, options=options)
 
 
 def _copy(adapter: Path, summary: AdapterSummary, output: Path, options: ExportOptions) -> Path:

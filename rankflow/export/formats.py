@@ -33,8 +33,6 @@ class Format:
 
 _SERVERS: Final = "vLLM, SGLang, LoRAX, TGI: they ignore or refuse rank patterns and DoRA"
 
-_DIFFUSERS: Final = "diffusers: its own loader takes scales from another place; export as diffusers"
-
 FORMATS: Final = {
     one.name: one
     for one in (
@@ -42,7 +40,7 @@ FORMATS: Final = {
             name="peft",
             writes="the adapter, exact, each site at its own rank",
             loads_in=("peft", "transformers (load_adapter)"),
-            fails_in=(_SERVERS, _DIFFUSERS),
+            fails_in=(_SERVERS,),
             options=frozenset({"tokenizer"}),
             home=("rankflow.export.peft", "write_peft"),
         ),
@@ -77,7 +75,6 @@ FORMATS: Final = {
             fails_in=(
                 "vLLM, SGLang, LoRAX, TGI: they ignore or refuse rank patterns; export this folder "
                 "again as peft-uniform",
-                _DIFFUSERS,
             ),
             options=frozenset({"rank", "max_error", "tokenizer"}),
             home=("rankflow.export.lora_svd", "write_lora_svd"),

@@ -19,12 +19,12 @@ from rankflow.export.calibrate import Loss, loss_scores
 from rankflow.export.compress_folder import BaseReader
 from rankflow.export.decompose import Decomposition
 from rankflow.export.loading import without_repeated_notes
+from rankflow.quiet import quiet_libraries
 from rankflow.records import FloatArray
 from rankflow.specs.run import ModelSpec, RunSpec
 from rankflow.training.arguments import make_arguments
 from rankflow.training.data import draw_rows, load_data
 from rankflow.training.job import load_model
-from rankflow.training.quiet import quiet_libraries
 from rankflow.training.tokens import make_collator
 from rankflow.training.trainer import pooled_loss
 

@@ -67,6 +67,24 @@ def test_the_number_of_classes_is_the_heads_and_not_the_base_models(make_adapted
     assert loaded.config.num_labels == 3
 
 
+@pytest.mark.parametrize("name", ["peft", "merged", "lora-svd"])
+def test_the_command_prints_its_own_lines_and_nothing_else(name, make_adapted, tmp_path, capfd):
+    model = make_adapted("bert")
+    base = str(model.get_base_model().config.name_or_path)
+    adapter = export_adapter(model, tmp_path / "adapter")
+    encoder = transformers.AutoModel.from_pretrained(base)
+    encoder.save_pretrained(tmp_path / "encoder")  # a head must be made anew, which is worth a note
+    capfd.readouterr()
+    arguments = ["--output", tmp_path / "out", "--format", name, "--base", tmp_path / "encoder"]
+    result = run(adapter, *arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert "".join(capfd.readouterr()) == ""
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(str(tmp_path / "out"))
+    assert all(line.startswith("  ") for line in lines[1:])
+
+
 NAMES = {0: "red", 1: "green", 2: "blue"}
 
 
