@@ -189,7 +189,10 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run or a checkpoint.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     format: Annotated[
-        str, typer.Option(help="peft, peft-uniform (vLLM and the like), merged, or lora-svd.")
+        str,
+        typer.Option(
+            help="peft, peft-uniform (vLLM and the like), diffusers, merged, or lora-svd."
+        ),
     ] = "peft",
     base: Annotated[
         str | None,
@@ -247,6 +250,14 @@ def compress(
             "the one that the adapter names."
         ),
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN.toml",
+            help="Choose by the loss measured on some training rows of this run spec, with its "
+            "base model; by default by the energy of the components.",
+        ),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the error curve to this file.")] = None,
     ranks: Annotated[
         Path | None, typer.Option(help="Write the ranks to this TOML file, a budget for a new run.")
@@ -256,17 +267,13 @@ def compress(
     from rankflow.export.command import find_source, parse_budget, run_compress
 
     request = parse_budget(budget, rank, params, error)
-    from rankflow.analysis.base_rows import read_base_rows
-    from rankflow.export.inspect import inspect_adapter
-
     source = find_source(adapter)
-    named = inspect_adapter(source).base_model if base is None else base
     run_compress(
         source,
         output,
         request,
         error=error,
-        base_rows=lambda sites: read_base_rows(named, sites),
+        base=_base_of(source, base) if run is None else _calibrated_base(source, base, run),
         png=png,
         ranks=ranks,
         console=Console(),
@@ -402,6 +409,29 @@ def show_preset(
 
     load_budget(name)
     typer.echo(find_budget(name).read_text(encoding="utf-8"), nl=False)
+
+
+def _base_of(adapter: Path, base: str | None) -> Any:
+    from rankflow.analysis.base_rows import count_base_parameters, read_base_rows
+    from rankflow.export.compress_folder import BaseReader
+    from rankflow.export.inspect import inspect_adapter
+
+    named = inspect_adapter(adapter).base_model if base is None else base
+    return BaseReader(
+        rows=lambda sites: read_base_rows(named, sites),
+        parameters=lambda: count_base_parameters(named, adapter),
+    )
+
+
+def _calibrated_base(adapter: Path, base: str | None, run: Path) -> Any:
+    from rankflow.specs.run import load_run
+
+    spec = load_run(run, ())
+    if base is not None:
+        raise SpecError("--run names the base model already; leave --base out")
+    from rankflow.training.calibration import read_by_run
+
+    return read_by_run(spec, adapter)
 
 
 def _show_adapter(console: Console, folder: Path) -> dict[str, int]:

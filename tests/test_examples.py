@@ -32,6 +32,17 @@ def test_the_callback_prunes_a_trainers_model_to_its_budget(capsys):
     assert spent <= limit
 
 
+def test_a_diffusion_models_dora_is_loaded_by_diffusers_with_equal_outputs(monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    example = runpy.run_path(str(EXAMPLES / "diffusers_dora.py"))
+    monkeypatch.setitem(example["main"].__globals__, "STEPS", 40)
+    example["main"]()
+    *events, ranks, difference = capsys.readouterr().out.splitlines()
+    assert all("pruned" in event for event in events)
+    assert float(ranks.split("loss")[1]) < 0.6
+    assert float(difference.split("differs by at most")[1]) <= 1e-5
+
+
 def _last_number(text: str, before: str) -> float:
     """Return the number that stands before some words."""
     return float(text.split(before)[0].split()[-1].rstrip("%"))

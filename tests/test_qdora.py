@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import rankflow as rf
-from rankflow.adapters.base_weight import dense_weight, row_norms
+from rankflow.adapters.base_weight import base_rows, dense_weight, row_norms
 from rankflow.adapters.sites import find_sites
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -68,6 +68,43 @@ def test_a_4_bit_base_trains_prunes_grows_and_exports(magnitude, load, tmp_path)
     assert any(event.pruned for event in flow.history)
     assert any(event.born for event in flow.history)
     assert len(set(flow.ranks.values())) > 1
+    rf.export_adapter(model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").train()
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=TOKENS).logits for m in (model, loaded))
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def effective(model):
+    """Each site's weight as it is in the codes, and as the adapter makes it."""
+    pairs = []
+    for site in find_sites(model):
+        W = base_rows(site.layer).double()
+        V = W + site.scale * (site.B.double() @ site.A.double()).detach()
+        if site.magnitude is not None:
+            V = site.magnitude.detach().double().view(-1, 1) * V / V.norm(dim=1, keepdim=True)
+        pairs.append((W, V))
+    return pairs
+
+
+@pytest.mark.parametrize("magnitude", ["always", "never"])
+def test_an_adapter_over_a_4_bit_base_is_compressed_by_the_weights_that_it_trained_on(
+    magnitude, load, tmp_path
+):
+    config = LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules="all-linear")
+    model = get_peft_model(load(), config).train()
+    for name, parameter in model.named_parameters():
+        if ".lora_A" in name or ".lora_B" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    before, half = effective(model), sum(site.parameters for site in find_sites(model)) // 2
+    budget = rf.load_budget("reallocate", params=half, magnitude=magnitude)
+    result = rf.compress(model, budget)
+    after = effective(model)
+    missing = sum((V - now).square().sum() for (_, V), (_, now) in zip(before, after, strict=True))
+    change = sum((V - W).square().sum() for W, V in before)
+    assert result.error == pytest.approx(float((missing / change).sqrt()), rel=1e-4)
+    assert 0 < result.error < 1
+    assert result.parameters <= half
     rf.export_adapter(model, tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").train()
     with torch.no_grad():

@@ -31,10 +31,10 @@ from rankflow.ablation.trainer import CellTrainer, last_whole_checkpoint
 from rankflow.ablation.workload import Autocast, Workload, autocast_of, open_workload
 from rankflow.engine import RankFlow
 from rankflow.errors import BudgetError
+from rankflow.quiet import quiet_libraries
 from rankflow.specs.ablation import AblationSpec
 from rankflow.training.adapter import add_adapter
 from rankflow.training.plan import count_steps
-from rankflow.training.quiet import quiet_libraries
 
 _ROUNDS: Final = 9  # of interleaved forward passes
 

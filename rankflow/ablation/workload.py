@@ -36,13 +36,13 @@ from rankflow.ablation.planted import (
 )
 from rankflow.ablation.records import Forgetting, RankHistory
 from rankflow.errors import SpecError
+from rankflow.quiet import quiet_libraries
 from rankflow.specs.ablation_task import ForgettingSpec, TaskSpec, TeacherSpec
 from rankflow.specs.run import DataSpec, ModelSpec
 from rankflow.training.data import load_data
 from rankflow.training.metrics import classification_metrics
 from rankflow.training.models import BaseModel, build_meta_model, check_length
 from rankflow.training.pooling import TokenPooling, pool
-from rankflow.training.quiet import quiet_libraries
 from rankflow.training.tokens import IGNORED, Collator, make_collator, tokenize
 
 _BATCH: Final = 64  # rows of an evaluation

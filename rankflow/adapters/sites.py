@@ -282,18 +282,23 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[Site, .
             one that cannot be seen as a sum of rank-1 components; the message names the site.
     """
     root = lora_root(model, adapter_name)
-    sites = [
-        Site(name, module, adapter_name)
-        for name, module in root.named_modules()
-        if isinstance(module, LoraLayer) and _holds(module, adapter_name)
-    ]
+    sites = sites_in(root, adapter_name)
     if not sites:
         raise SiteError(
             f"adapter {adapter_name!r} adapts no layer of {type(root).__name__}; "
             "check target_modules of its LoraConfig"
         )
     _refuse_shared(sites)
-    return tuple(sites)
+    return sites
+
+
+def sites_in(root: nn.Module, adapter_name: str) -> tuple[Site, ...]:
+    """Return the sites of one adapter in a base model, however its layers came there."""
+    return tuple(
+        Site(name, module, adapter_name)
+        for name, module in root.named_modules()
+        if isinstance(module, LoraLayer) and _holds(module, adapter_name)
+    )
 
 
 def magnitudes_on(sites: Sequence[Site]) -> BoolArray:
@@ -382,7 +387,7 @@ def _check_convolution(name: str, base: nn.modules.conv._ConvNd) -> None:
         )
 
 
-def _refuse_shared(sites: list[Site]) -> None:
+def _refuse_shared(sites: Sequence[Site]) -> None:
     owner: dict[int, str] = {}
     for site in sites:
         for parameter in (site.A, site.B):

@@ -1,12 +1,14 @@
-"""Weights of a base model for the sites of an adapter that was saved."""
+"""What a saved adapter's base model holds: weights at its sites, and how many parameters."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from rankflow.analysis.naming import match_names
 from rankflow.analysis.weights import load_weights, weight_of
 from rankflow.errors import RankFlowError
+from rankflow.export.loading import count_base
 from rankflow.training.locating import locate
 
 
@@ -37,6 +39,19 @@ def read_base_rows(base: str, sites: Sequence[str]) -> dict[str, Tensor]:
         name = None if renaming is None else renaming.translate(site)
         rows[site] = _rows(site, modules.get(name or ""), base)
     return rows
+
+
+def count_base_parameters(base: str, adapter: Path) -> int:
+    """Count the parameters of a saved adapter's base model, from its configuration alone.
+
+    Args:
+        base: 'minilm', a folder that ``save_pretrained`` wrote, or a hub id.
+        adapter: The adapter's folder, which tells the task.
+
+    Raises:
+        RankFlowError: The configuration cannot be read.
+    """
+    return count_base(adapter, locate(base))
 
 
 def _rows(site: str, module: nn.Module | None, base: str) -> Tensor:

@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from rankflow.analysis.checkpoints import Checkpoint
 from rankflow.analysis.naming import Renaming, match_names
 from rankflow.errors import RankFlowError
+from rankflow.quiet import quiet_libraries
 from rankflow.report.layout import parse_site
-from rankflow.training.quiet import quiet_libraries
 
 Matrix = npt.NDArray[np.float32]
 

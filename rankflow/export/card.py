@@ -30,6 +30,8 @@ class AdapterFacts:
 def write_card(
     ranks: Mapping[str, int],
     *,
+    library: str,
+    loading: str,
     base_model: str,
     is_dora: bool,
     trained: int,
@@ -40,6 +42,8 @@ def write_card(
 
     Args:
         ranks: Rank of each site, by site name.
+        library: The library that loads it, as model hubs know it.
+        loading: Python that loads it.
         base_model: Name or path of the base model; may be empty.
         is_dora: Whether the adapter has magnitudes.
         trained: Parameters of the sites that were trained.
@@ -47,11 +51,11 @@ def write_card(
         facts: What the run knows; None if the adapter was exported without one.
     """
     method = "DoRA" if is_dora else "LoRA"
+    origin = f" on `{base_model}`" if base_model else ""
     sections = [
-        _front_matter(base_model, method),
+        _front_matter(base_model, library, method),
         f"# {method} adapter with ranks chosen under a budget",
-        f"Trained with RankFlow. It is a stock PEFT adapter: loading it needs `peft` alone.\n\n"
-        f"{_loading(base_model)}",
+        f"Trained with RankFlow{origin}. Stock `{library}` loads it:\n\n```python\n{loading}\n```",
     ]
     if trained != stored:
         sections.append(tell_storage(trained, stored))
@@ -95,20 +99,10 @@ def rank_markdown(ranks: Mapping[str, int]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _front_matter(base_model: str, method: str) -> str:
+def _front_matter(base_model: str, library: str, method: str) -> str:
     is_hub_id = bool(base_model) and not Path(base_model).is_absolute()
     base = f"base_model: {base_model}\n" if is_hub_id else ""
-    return f"---\n{base}library_name: peft\ntags:\n- rankflow\n- {method.lower()}\n---"
-
-
-def _loading(base_model: str) -> str:
-    return (
-        "```python\n"
-        "from peft import PeftModel\n\n"
-        f"# base: the model that was adapted{f', {base_model}' if base_model else ''}\n"
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
-        "```"
-    )
+    return f"---\n{base}library_name: {library}\ntags:\n- rankflow\n- {method.lower()}\n---"
 
 
 def _budget(facts: AdapterFacts) -> str:

@@ -1,6 +1,7 @@
-"""Load a written adapter by PEFT on a fresh copy of the base, and compare it with the live one."""
+"""Load a written adapter on a fresh copy of the base, and compare it with the live one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,12 +27,31 @@ from rankflow.export.probe import (
 from rankflow.export.report import ExportReport, measure_files, write_report
 from rankflow.export.tokenizer import TOKENIZER
 
-LOADER = "peft.PeftModel.from_pretrained"
 # A scale that is baked in rounds B once, and the response to an input adds roundings of its type.
 _ROUNDINGS = 4
 
 Judge = Callable[[Mapping[str, Site]], float | None]
-"""Judges the sites that PEFT loaded, by name; returns the error of the change if it is not 0."""
+"""Judges the sites that were loaded, by name; returns the error of the change if it is not 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """How a consumer puts an adapter's folder on a base model.
+
+    Attributes:
+        name: Its function.
+        load: Puts the folder on the model, in place, and returns the sites.
+    """
+
+    name: str
+    load: Callable[[nn.Module, Path], Iterable[Site]]
+
+
+def _load_by_peft(base: nn.Module, folder: Path) -> Iterable[Site]:
+    return find_sites(PeftModel.from_pretrained(base, folder))
+
+
+BY_PEFT = Loader("peft.PeftModel.from_pretrained", _load_by_peft)
 
 
 def check_adapter(
@@ -39,6 +59,7 @@ def check_adapter(
     folder: Path,
     judge: Judge,
     *,
+    loader: Loader = BY_PEFT,
     is_exact: bool = True,
     max_lora_rank: int | None = None,
 ) -> None:
@@ -48,6 +69,7 @@ def check_adapter(
         job: The export.
         folder: What was written.
         judge: Judges each site's change.
+        loader: The consumer's own.
         is_exact: Whether outputs must be the live model's; else their error is told alone.
         max_lora_rank: For the report.
 
@@ -58,10 +80,10 @@ def check_adapter(
         probe = probe_model(job.model.get_base_model(), job.options.inputs)
         base = copy_base(job.model)
         untouched = outputs_of(base, probe.inputs) if isinstance(probe, Probe) else ()
-        loaded = _load(base, folder)
-        sites = {site.name: site for site in find_sites(loaded)}
+        sites = {site.name: site for site in _load(loader, base, folder)}
+        evaluate(base)
         change_error = judge(sites)
-        limit = tolerance(job.model, loaded)
+        limit = tolerance(job.model, base)
         found = outputs_of(base, probe.inputs) if isinstance(probe, Probe) else ()
     write_report(
         folder,
@@ -71,7 +93,7 @@ def check_adapter(
             probe,
             found,
             untouched,
-            checked_by=LOADER,
+            checked_by=loader.name,
             limit=limit if is_exact else None,
             largest_rank=max(site.rank for site in sites.values()),
             change_error=change_error,
@@ -80,16 +102,14 @@ def check_adapter(
     )
 
 
-def _load(base: nn.Module, folder: Path) -> PeftModel:
+def _load(loader: Loader, base: nn.Module, folder: Path) -> Iterable[Site]:
     try:
         with without_repeated_notes():
-            loaded = PeftModel.from_pretrained(base, folder)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            return loader.load(base, folder)
+    except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ExportError(
-            f"{LOADER} cannot load what was written: {error!r}; nothing is left of it"
+            f"{loader.name} cannot load what was written: {error!r}; nothing is left of it"
         ) from error
-    evaluate(loaded)
-    return loaded
 
 
 def make_report(

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rankflow.errors import RankFlowError, SpecError
-from rankflow.export.compress_folder import BaseRows, compress_folder
+from rankflow.export.compress_folder import BaseReader, compress_folder
 from rankflow.export.compression import Compression
 from rankflow.export.inspect import CONFIG, WEIGHTS
 from rankflow.report.curve import curve_table, draw_curve
@@ -58,7 +58,7 @@ def run_compress(
     budget: BudgetSpec | int | None,
     *,
     error: float | None,
-    base_rows: BaseRows,
+    base: BaseReader,
     png: Path | None,
     ranks: Path | None,
     console: Console,
@@ -70,7 +70,7 @@ def run_compress(
         output: The folder to write.
         budget: What may be left; None where an error decides.
         error: The largest relative error allowed.
-        base_rows: Reads weights of the base model.
+        base: Reads the base model.
         png: Where to draw the curve.
         ranks: Where to write the ranks as a budget for a new run.
         console: Where to print.
@@ -78,14 +78,15 @@ def run_compress(
     Raises:
         RankFlowError: The adapter cannot be compressed so; nothing is written.
     """
-    result = compress_folder(source, output, budget, error=error, base_rows=base_rows)
+    result = compress_folder(source, output, budget, error=error, base=base)
     console.print(curve_table(result.curve, result.parameters_before))
     console.print(Text("\n"), rank_table(result.ranks, width=console.width), sep="")
     console.print(
         f"\n{result.parameters:,} of {result.parameters_before:,} parameters "
         f"({result.parameters / result.parameters_before:.0%}) at a relative error of "
-        f"{result.error:.4f}",
+        f"{result.error:.4f}{', chosen by the loss' if result.worth == 'loss' else ''}",
         highlight=False,
+        soft_wrap=True,
     )
     if png is not None:
         figure = draw_curve(
@@ -115,7 +116,9 @@ def find_source(adapter: str) -> Path:
         return Path(snapshot_download(adapter, allow_patterns=[CONFIG, WEIGHTS]))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise RankFlowError(
-            f"{adapter} is no folder here, and cannot be fetched from the hub: {error}"
+            f"{adapter} is no folder here, and cannot be fetched from the hub: "
+            f"{str(error).splitlines()[0]}; name a folder, or fetch the adapter while there is a "
+            "connection, since the hub's cache is read without one"
         ) from error
 
 

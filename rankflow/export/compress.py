@@ -6,6 +6,7 @@ what they are worth to a measured loss (``rankflow.export.calibrate``).
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -19,22 +20,9 @@ from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_initialisation, sync_config
 from rankflow.errors import ExportError, SpecError
 from rankflow.export.calibrate import Loss, loss_scores
-from rankflow.export.compression import (
-    Anatomy,
-    Compression,
-    Decision,
-    Request,
-    decide,
-    decide_best,
-)
-from rankflow.export.decompose import (
-    AdaptedMatrix,
-    Decomposition,
-    decompose,
-    fold,
-    magnitude_after,
-)
-from rankflow.records import IntArray
+from rankflow.export.compression import Compression, Request
+from rankflow.export.decide import Adapter, Remainder, Score, decide
+from rankflow.export.decompose import AdaptedMatrix
 from rankflow.specs.budget import BudgetSpec
 
 
@@ -52,7 +40,7 @@ def compress(
     Of a budget spec these keys count: the target; the bounds on ranks; ``magnitude``, where
     ``always`` keeps the magnitudes that there are, ``never`` folds them into the components, and
     ``budgeted`` does what errs less; and a ``policy`` that prescribes ranks (``uniform``,
-    ``random``, ``frozen``), while any other stands for the exact knapsack. All that speaks of time,
+    ``random``, ``frozen``), while any other stands for the knapsack. All that speaks of time,
     of training and of scores is ignored. Components that are zero go in any case. An optimizer made
     before does not train the adapter any more.
 
@@ -78,37 +66,17 @@ def compress(
         RankFlowError: The loss is not fit for calibration.
         SiteError: The model has no such adapter.
     """
-    request = Request(budget, error)
+    request = Request(budget, error, is_calibrated=loss is not None)
     if (loss is None) != (batches is None):
         raise SpecError("calibration needs both loss and batches; give both, or neither")
-    if loss is not None and True in request.ways:
-        raise SpecError(
-            "calibration scores the components that there are, not those that magnitudes are "
-            "folded into; set magnitude = 'always', or leave loss and batches out"
-        )
     sites = find_sites(model, adapter_name)
     _check_sites(model, sites, adapter_name)
-    infos = tuple(site.describe(*request.bounds_of(site.name)) for site in sites)
-    before = sum(site.parameters for site in sites)
-    limit = request.limit(
-        infos,
-        before,
-        base_parameters=count_base_parameters(model),
-        bytes_per_parameter=sites[0].A.element_size(),
-    )
-    ranks = tuple(site.rank for site in sites)
-
-    def attempt(folds: bool) -> Decision:
-        parts = tuple(_take_apart(site, folds=folds) for site in sites)
-        scores = None
-        if loss is not None and batches is not None:
-            scores = loss_scores(model, sites, parts, loss, batches)
-        return decide(Anatomy(infos, parts, ranks, before), request, limit, scores)
-
-    decision = decide_best(attempt, request)
-    triples = zip(sites, decision.parts, decision.keep, strict=True)
-    rebuilt = [_rebuild(site, part, keep) for site, part, keep in triples]
-    surgery.replace(sites, rebuilt)
+    score: Score | None = None
+    if loss is not None and batches is not None:
+        score = partial(loss_scores, model, sites, loss=loss, batches=batches)
+    decision = decide(_describe(model, sites, request), request, score)
+    pairs = zip(sites, decision.remainders(), strict=True)
+    surgery.replace(sites, [_rebuild(site, left) for site, left in pairs])
     sync_config(model, adapter_name, sites)
     for site in sites:
         translate_state_dicts(site.layer, adapter_name)
@@ -130,25 +98,29 @@ def _check_sites(model: PeftModel, sites: Sequence[Site], adapter_name: str) -> 
             )
 
 
-def _take_apart(site: Site, *, folds: bool) -> Decomposition:
-    magnitude = site.magnitude
-    A, B = site.A.flatten(1), site.B.flatten(1)
-    matrix = AdaptedMatrix(site.name, A, B, site.scale, magnitude)
-    if magnitude is None:
-        return decompose(matrix, None)
-    return (fold if folds else decompose)(matrix, base_rows(site.layer))
+def _describe(model: PeftModel, sites: Sequence[Site], request: Request) -> Adapter:
+    by_name = {site.name: site for site in sites}
+    return Adapter(
+        sites=tuple(site.describe(*request.bounds_of(site.name)) for site in sites),
+        matrices=tuple(AdaptedMatrix.of(site) for site in sites),
+        weight_of=lambda name: base_rows(by_name[name].layer),
+        parameters=sum(site.parameters for site in sites),
+        base_parameters=lambda: count_base_parameters(model),
+        bytes_per_parameter=sites[0].A.element_size(),
+    )
 
 
-def _rebuild(site: Site, part: Decomposition, keep: IntArray) -> dict[str, Tensor]:
-    """Return the site's tensors with these components, by the names of ``Site.install``."""
-    A, B = part.A[keep], part.B[:, keep]
+def _rebuild(site: Site, left: Remainder) -> dict[str, Tensor]:
+    """Return the site's tensors with what is left, by the names of ``Site.install``."""
+    rank = len(left.A)
     tensors = {
-        "A": A.to(site.A).view(len(A), *site.A.shape[1:]),
-        "B": B.to(site.B).view(len(B), len(A), *site.B.shape[2:]),
+        "A": left.A.to(site.A).view(rank, *site.A.shape[1:]),
+        "B": left.B.to(site.B).view(len(left.B), rank, *site.B.shape[2:]),
     }
     slot, old = site.magnitude_slot, site.magnitude
     if slot is None or old is None:
         return tensors
-    magnitude = magnitude_after(part, keep)
-    new = empty_magnitude(slot) if magnitude is None else magnitude.to(old).view(old.shape)
-    return tensors | {"magnitude": new}
+    new = left.magnitude
+    return tensors | {
+        "magnitude": empty_magnitude(slot) if new is None else new.to(old).view(old.shape)
+    }

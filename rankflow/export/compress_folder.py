@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,33 +14,43 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rankflow.adapters.stock import check_initialisation, exactly, plain_alpha
-from rankflow.errors import ExportError, RankFlowError, SiteError
-from rankflow.export.compression import (
-    Anatomy,
-    Compression,
-    Decision,
-    Request,
-    decide,
-    decide_best,
-)
-from rankflow.export.decompose import (
-    AdaptedMatrix,
-    Decomposition,
-    decompose,
-    fold,
-    magnitude_after,
-)
+from rankflow.errors import BudgetError, ExportError, RankFlowError, SiteError
+from rankflow.export.compression import Compression, Request
+from rankflow.export.decide import Adapter, Decision, Remainder, decide
+from rankflow.export.decompose import AdaptedMatrix, Decomposition
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, SiteSummary, inspect_adapter
-from rankflow.export.peft import write_adapter
 from rankflow.export.tokenizer import find_tokenizer
-from rankflow.records import IntArray, SiteInfo, SiteKind
+from rankflow.export.write import About, peft_layout, write_adapter
+from rankflow.records import FloatArray, SiteInfo, SiteKind
 from rankflow.specs.budget import BudgetSpec
 
-BaseRows = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""From names of sites to their base weights, ``(out, in)``."""
+Scores = Callable[[Mapping[str, Decomposition]], Mapping[str, FloatArray]]
+"""From the components of every site to what each is worth to a loss, by site name."""
 
 _PREFIX: Final = "base_model.model."
 _PARTS: Final = {"A", "B", "embedding_A", "embedding_B", "magnitude_vector"}
+
+
+def _unknown() -> int:
+    raise BudgetError(
+        "fraction counts the base model's parameters, and nothing tells them; give rank, params or "
+        "bytes"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BaseReader:
+    """What may be asked about the base model of a saved adapter.
+
+    Attributes:
+        rows: From names of sites to their weights, ``(out, in)``; asked for those of DoRA sites.
+        parameters: Counts its parameters; asked for a budget that is a share of them.
+        scores: Scores components by a loss; None to choose them by their energy.
+    """
+
+    rows: Callable[[Sequence[str]], Mapping[str, Tensor]]
+    parameters: Callable[[], int] = _unknown
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +103,7 @@ def compress_folder(
     budget: BudgetSpec | int | None = None,
     *,
     error: float | None = None,
-    base_rows: BaseRows,
+    base: BaseReader,
 ) -> Compression:
     """Write a compressed copy of a saved adapter, wholly or not at all.
 
@@ -103,15 +114,16 @@ def compress_folder(
         output: The folder to write.
         budget: What may be left: a budget spec, or a number of parameters.
         error: Instead of a budget, the largest relative error allowed.
-        base_rows: Reads weights of the base model; asked for those of DoRA sites only.
+        base: Reads the base model.
 
     Raises:
-        SpecError: Not exactly one of ``budget`` and ``error``.
+        SpecError: Not exactly one of ``budget`` and ``error``, or magnitudes that a calibration
+            cannot fold.
         BudgetError: The request cannot be met.
         ExportError: The adapter cannot be compressed, or the output cannot be written.
         RankFlowError: The adapter is missing, damaged or of another kind.
     """
-    request = Request(budget, error)
+    request = Request(budget, error, is_calibrated=base.scores is not None)
     if source.resolve() == output.resolve():
         raise ExportError(f"{output} is the adapter itself; write the compressed one elsewhere")
     summary = inspect_adapter(source)
@@ -119,21 +131,9 @@ def compress_folder(
     _check_config(config, source)
     tensors = load_file(source / WEIGHTS)
     sites = tuple(_find(site, tensors) for site in summary.sites)
-    infos = tuple(site.describe(*request.bounds_of(site.summary.name)) for site in sites)
-    ranks = tuple(site.summary.rank for site in sites)
-    limit = request.limit(
-        infos,
-        summary.parameters,
-        base_parameters=None,
-        bytes_per_parameter=sites[0].A.element_size(),
-    )
-    weights = base_rows([s.summary.name for s in sites if s.magnitude is not None])
-
-    def attempt(folds: bool) -> Decision:
-        parts = tuple(_take_apart(site, weights, folds=folds) for site in sites)
-        return decide(Anatomy(infos, parts, ranks, summary.parameters), request, limit)
-
-    decision = decide_best(attempt, request)
+    names = [site.summary.name for site in sites]
+    score = None if base.scores is None else partial(_score, base.scores, names)
+    decision = decide(_describe_adapter(sites, summary, request, base), request, score)
     _write(output, summary, config, tensors, sites, decision, find_tokenizer(source))
     return decision.record
 
@@ -173,17 +173,26 @@ def _find(site: SiteSummary, tensors: Mapping[str, Tensor]) -> _Saved:
     return _Saved(site, a, b, m, A, B, None if m is None else tensors[m])
 
 
-def _take_apart(site: _Saved, weights: Mapping[str, Tensor], *, folds: bool) -> Decomposition:
-    if site.magnitude is None:
-        return decompose(site.matrix, None)
-    weight = weights[site.summary.name]
-    expected = (site.B.shape[0], math.prod(site.A.shape[1:]))
-    if weight.shape != expected:
-        raise ExportError(
-            f"site {site.summary.name!r} is of shape {expected} in the adapter and "
-            f"{tuple(weight.shape)} in the base model; name its own base model"
-        )
-    return (fold if folds else decompose)(site.matrix, weight)
+def _describe_adapter(
+    sites: Sequence[_Saved], summary: AdapterSummary, request: Request, base: BaseReader
+) -> Adapter:
+    with_magnitude = [site.summary.name for site in sites if site.magnitude is not None]
+    weights = cache(lambda: base.rows(with_magnitude))
+    return Adapter(
+        sites=tuple(site.describe(*request.bounds_of(site.summary.name)) for site in sites),
+        matrices=tuple(site.matrix for site in sites),
+        weight_of=lambda name: weights()[name],
+        parameters=summary.parameters,
+        base_parameters=base.parameters,
+        bytes_per_parameter=sites[0].A.element_size(),
+    )
+
+
+def _score(
+    scores: Scores, names: Sequence[str], parts: Sequence[Decomposition]
+) -> list[FloatArray]:
+    found = scores(dict(zip(names, parts, strict=True)))
+    return [found[name] for name in names]
 
 
 def _write(
@@ -197,8 +206,8 @@ def _write(
 ) -> None:
     written = {k: t for k, t in tensors.items() if not any(k in (s.a, s.b, s.m) for s in sites)}
     scales = {}
-    for site, part, keep in zip(sites, decision.parts, decision.keep, strict=True):
-        own = _rebuild(site, part, keep)
+    for site, left in zip(sites, decision.remainders(), strict=True):
+        own = _rebuild(site, left)
         if own:
             scales[site.summary.name] = (site.summary.scale, own[site.a].shape[0])
             written |= own
@@ -208,20 +217,25 @@ def _write(
     write_adapter(
         output,
         written,
-        save_config=lambda folder: (folder / CONFIG).write_text(
-            json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        layout=peft_layout(
+            lambda folder: (folder / CONFIG).write_text(
+                json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
         ),
-        ranks=decision.record.ranks,
-        trained=decision.record.parameters,
-        base_model=summary.base_model,
-        facts=None,
-        tokenizer=tokenizer,
+        about=About(
+            ranks=decision.record.ranks,
+            trained=decision.record.parameters,
+            base_model=summary.base_model,
+            facts=None,
+            classes=summary.classes,
+            tokenizer=tokenizer,
+        ),
     )
 
 
-def _rebuild(site: _Saved, part: Decomposition, keep: IntArray) -> dict[str, Tensor]:
+def _rebuild(site: _Saved, left: Remainder) -> dict[str, Tensor]:
     """Return the site's tensors as they are saved; none for a site with nothing left."""
-    A, B, magnitude = part.A[keep], part.B[:, keep], magnitude_after(part, keep)
+    A, B, magnitude = left.A, left.B, left.magnitude
     if len(A) == 0:
         if magnitude is None:
             return {}

@@ -13,9 +13,11 @@ from rankflow.export.formats import find_format
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, inspect_adapter
 from rankflow.export.loading import load_adapted
 from rankflow.export.options import ExportOptions
-from rankflow.export.peft import export_adapter, write_adapter
+from rankflow.export.peft import export_adapter
 from rankflow.export.report import ExportReport, measure_files, write_report
 from rankflow.export.tokenizer import TOKENIZER, find_tokenizer
+from rankflow.export.write import About, peft_layout, write_adapter
+from rankflow.quiet import quiet_libraries
 
 
 def export_folder(
@@ -51,12 +53,13 @@ def export_folder(
     options.check(chosen)
     adapter = find_adapter(Path(source))
     summary = inspect_adapter(adapter)
-    if options.tokenizer is None:
+    if options.tokenizer is None and "tokenizer" in chosen.options:
         options = replace(options, tokenizer=find_tokenizer(adapter))
     if format == "peft" and base_model is None:
         return _copy(adapter, summary, Path(output), options)
-    model = load_adapted(adapter, base_model)
-    return export_adapter(model, output, format=format, options=options)
+    with quiet_libraries():
+        model = load_adapted(adapter, base_model)
+        return export_adapter(model, output, format=format, options=options)
 
 
 def _copy(adapter: Path, summary: AdapterSummary, output: Path, options: ExportOptions) -> Path:
@@ -64,12 +67,15 @@ def _copy(adapter: Path, summary: AdapterSummary, output: Path, options: ExportO
     return write_adapter(
         output,
         load_file(adapter / WEIGHTS),
-        save_config=lambda folder: shutil.copyfile(adapter / CONFIG, folder / CONFIG),
-        ranks=summary.ranks,
-        trained=summary.trained_parameters,
-        base_model=summary.base_model,
-        facts=None,
-        tokenizer=options.tokenizer,
+        layout=peft_layout(lambda folder: shutil.copyfile(adapter / CONFIG, folder / CONFIG)),
+        about=About(
+            ranks=summary.ranks,
+            trained=summary.trained_parameters,
+            base_model=summary.base_model,
+            facts=None,
+            classes=summary.classes,
+            tokenizer=options.tokenizer,
+        ),
         check=lambda folder: _report_copy(folder, summary),
     )
 

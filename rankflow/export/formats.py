@@ -39,7 +39,7 @@ FORMATS: Final = {
         Format(
             name="peft",
             writes="the adapter, exact, each site at its own rank",
-            loads_in=("peft", "transformers (load_adapter)", "diffusers"),
+            loads_in=("peft", "transformers (load_adapter)"),
             fails_in=(_SERVERS,),
             options=frozenset({"tokenizer"}),
             home=("rankflow.export.peft", "write_peft"),
@@ -53,6 +53,14 @@ FORMATS: Final = {
             home=("rankflow.export.uniform", "write_uniform"),
         ),
         Format(
+            name="diffusers",
+            writes="the adapter, exact, each site at its own rank, for models and pipelines",
+            loads_in=("diffusers",),
+            fails_in=("ComfyUI, kohya: they read another layout, and DoRA otherwise",),
+            options=frozenset(),
+            home=("rankflow.export.diffusers", "write_diffusers"),
+        ),
+        Format(
             name="merged",
             writes="the whole model with the adapter merged into its weights",
             loads_in=("transformers", "everything that loads the base model"),
@@ -63,7 +71,7 @@ FORMATS: Final = {
         Format(
             name="lora-svd",
             writes="plain LoRA that approximates the change which DoRA makes",
-            loads_in=("peft", "transformers (load_adapter)", "diffusers"),
+            loads_in=("peft", "transformers (load_adapter)"),
             fails_in=(
                 "vLLM, SGLang, LoRAX, TGI: they ignore or refuse rank patterns; export this folder "
                 "again as peft-uniform",

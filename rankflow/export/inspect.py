@@ -68,12 +68,15 @@ class AdapterSummary:
         other_parameters: Parameters saved beside the sites, such as a task head.
         trained_parameters: Parameters of all sites that were trained; None where no
             ``rankflow.json`` tells. Stock PEFT may need more: zeros and untrained magnitudes.
+        classes: What the configuration of a classifier says of its classes, from
+            ``rankflow.json``; None where it tells nothing.
     """
 
     base_model: str
     sites: tuple[SiteSummary, ...]
     other_parameters: int
     trained_parameters: int | None = None
+    classes: Mapping[str, Any] | None = None
 
     @property
     def parameters(self) -> int:
@@ -110,14 +113,19 @@ def inspect_adapter(folder: str | Path) -> AdapterSummary:
         raise RankFlowError(f"{folder / WEIGHTS} holds no LoRA tensor; was it saved by PEFT?")
     sites = (_summarise(site, parts[site], config) for site in sorted(parts, key=_natural_order))
     base_model = config.get("base_model_name_or_path") or ""
-    return AdapterSummary(base_model, tuple(sites), other, _read_trained(folder / FACTS))
+    facts = _read_facts(folder / FACTS)
+    return AdapterSummary(
+        base_model,
+        tuple(sites),
+        other,
+        facts.get("trained_parameters"),
+        facts.get("classes"),
+    )
 
 
-def _read_trained(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    facts = _read_json(path)
-    return facts.get("trained_parameters") if isinstance(facts, dict) else None
+def _read_facts(path: Path) -> dict[str, Any]:
+    facts = _read_json(path) if path.is_file() else None
+    return facts if isinstance(facts, dict) else {}
 
 
 def _read_json(path: Path) -> Any:

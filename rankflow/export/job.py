@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
-from peft import PeftModel
+from peft import PeftModel, TaskType
 
 from rankflow.adapters.sites import Site
 from rankflow.export.card import AdapterFacts
 from rankflow.export.formats import Format
 from rankflow.export.options import ExportOptions
+
+_CLASSIFIERS: Final = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +40,11 @@ class ExportJob:
     def base_model(self) -> str:
         """Name or path of the base model; may be empty."""
         return self.model.peft_config[self.adapter_name].base_model_name_or_path or ""
+
+    @property
+    def classes(self) -> dict[str, Any] | None:
+        """What the configuration of a classifier says of its classes; None for other models."""
+        if self.model.peft_config[self.adapter_name].task_type not in _CLASSIFIERS:
+            return None
+        config = self.model.get_base_model().config
+        return {"id2label": config.id2label, "problem_type": config.problem_type}

@@ -1,11 +1,14 @@
-"""Load an adapter's folder on its base model, by transformers and PEFT alone."""
+"""Load an adapter's folder on its base model, by stock libraries alone."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import transformers
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
@@ -17,10 +20,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
 )
 
 from rankflow.errors import ExportError
-from rankflow.export.inspect import WEIGHTS
+from rankflow.export.inspect import WEIGHTS, inspect_adapter
 
 _CLASSES: Final = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -59,25 +64,9 @@ def load_adapted(adapter: Path, base_model: str | None = None) -> PeftModel:
     Raises:
         ExportError: There is no such model, no class for the task, or the two do not fit.
     """
-    config: LoraConfig = LoraConfig.from_pretrained(adapter)
-    name = base_model or config.base_model_name_or_path
-    if not name:
-        raise ExportError(f"{adapter} does not say what its base model is; name it with --base")
-    task = getattr(config.task_type, "value", config.task_type)
-    if task is not None and task not in _CLASSES:
-        raise ExportError(
-            f"{adapter} is for the task {task}, for which no class of transformers is known; load "
-            "the model yourself and call rankflow.export_adapter"
-        )
-    settings: dict[str, Any] = {}
-    labels = _count_labels(adapter) if task in _CLASSIFIERS else None
-    if labels is not None:  # the base's own head, of other classes perhaps, is replaced
-        settings = {"num_labels": labels, "ignore_mismatched_sizes": True}
+    name = base_model or _named_base(adapter)
     try:
-        if task is None:
-            base = _load_own_class(name)
-        else:
-            base = _CLASSES[task].from_pretrained(name, **settings)
+        base = _load_base(adapter, name)
         with without_repeated_notes():
             return PeftModel.from_pretrained(base, adapter)
     except (OSError, ValueError, RuntimeError) as error:
@@ -87,10 +76,97 @@ def load_adapted(adapter: Path, base_model: str | None = None) -> PeftModel:
         ) from error
 
 
-def _load_own_class(name: str) -> Any:
-    """Load a model by the class that saved it; only transformers' own are trusted."""
-    saved = getattr(AutoConfig.from_pretrained(name), "architectures", None) or ["AutoModel"]
-    return getattr(transformers, saved[0], AutoModel).from_pretrained(name)
+def count_base(adapter: Path, base_model: str | None = None) -> int:
+    """Count the parameters of an adapter's base model from its configuration alone.
+
+    Args:
+        adapter: The adapter's folder.
+        base_model: A folder or hub id in place of the one that the adapter names.
+
+    Raises:
+        ExportError: There is no such model of transformers, or no class for the task.
+    """
+    name = base_model or _named_base(adapter)
+    try:
+        task = _task(adapter)
+        config = AutoConfig.from_pretrained(name, **_head_settings(adapter, task))
+        kind = _class_for(task, config)
+        with torch.device("meta"):
+            model = kind(config) if issubclass(kind, PreTrainedModel) else kind.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"the configuration of the base model {name!r} cannot be read: {error}; name another "
+            "one with --base"
+        ) from error
+    return int(model.num_parameters())
+
+
+def _named_base(adapter: Path) -> str:
+    name: str | None = LoraConfig.from_pretrained(adapter).base_model_name_or_path
+    if not name:
+        raise ExportError(f"{adapter} does not say what its base model is; name it with --base")
+    return name
+
+
+def _load_base(adapter: Path, name: str) -> Any:
+    task = _task(adapter)
+    if task is None and _is_of_diffusers(Path(name) / "config.json"):
+        return _load_by_diffusers(name)
+    config = AutoConfig.from_pretrained(name, **_head_settings(adapter, task))
+    # A head in the base model, of other classes perhaps, is replaced by the adapter's.
+    ignored = {"ignore_mismatched_sizes": True} if task in _CLASSIFIERS else {}
+    return _class_for(task, config).from_pretrained(name, config=config, **ignored)
+
+
+def _task(adapter: Path) -> str | None:
+    """Return PEFT's name for an adapter's task."""
+    kind = LoraConfig.from_pretrained(adapter).task_type
+    task: str | None = getattr(kind, "value", kind)
+    if task is not None and task not in _CLASSES:
+        raise ExportError(
+            f"{adapter} is for the task {task}, for which no class of transformers is known; load "
+            "the model yourself and call rankflow.export_adapter"
+        )
+    return task
+
+
+def _class_for(task: str | None, config: PretrainedConfig) -> Any:
+    """Return the class of a task, or the one that saved the model; transformers' own is trusted."""
+    if task is not None:
+        return _CLASSES[task]
+    saved = config.architectures or ["AutoModel"]
+    return getattr(transformers, saved[0], AutoModel)
+
+
+def _head_settings(adapter: Path, task: str | None) -> dict[str, Any]:
+    """Return what a classifier's configuration must say of the head saved with the adapter."""
+    if task not in _CLASSIFIERS:
+        return {}
+    labels = _count_labels(adapter)
+    classes = inspect_adapter(adapter).classes
+    if classes is None:
+        return {} if labels is None else {"num_labels": labels}
+    names = {int(index): name for index, name in classes["id2label"].items()}
+    return {
+        "id2label": names,
+        "label2id": {name: index for index, name in names.items()},
+        "problem_type": classes["problem_type"],
+    }
+
+
+def _is_of_diffusers(config: Path) -> bool:
+    return config.is_file() and "_class_name" in json.loads(config.read_text(encoding="utf-8"))
+
+
+def _load_by_diffusers(name: str) -> Any:
+    if find_spec("diffusers") is None:
+        raise ExportError(
+            f"{name} is a model of diffusers, which is not installed; install it by "
+            "`pip install 'rankflow[diffusers]'`"
+        )
+    from diffusers import AutoModel as DiffusersModel
+
+    return DiffusersModel.from_pretrained(name)
 
 
 def _count_labels(adapter: Path) -> int | None:

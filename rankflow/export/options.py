@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rankflow.errors import ExportError
 from rankflow.export.formats import FORMATS, Format
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
@@ -27,8 +26,8 @@ class ExportOptions:
         max_shard_size: ``merged``: largest file, e.g. ``"5GB"``.
         tokenizer: Saved with what is written; for ``merged`` by default the one in the base
             model's own folder, if it has one.
-        inputs: Keyword arguments of the model's forward on which outputs are compared; by default
-            seeded ones, made from the model's configuration.
+        inputs: Keyword arguments of the model's forward on which outputs are compared, tensors or
+            dicts of them; by default seeded ones, made from the model's configuration.
     """
 
     rank: int | None = None
@@ -36,7 +35,7 @@ class ExportOptions:
     dtype: str | None = None
     max_shard_size: str | None = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
-    inputs: "Mapping[str, Tensor] | None" = None
+    inputs: Mapping[str, Any] | None = None
 
     def check(self, chosen: Format) -> None:
         """Refuse values out of range, and options that the format would ignore.

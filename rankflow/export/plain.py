@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import LoraConfig
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import exactly
+from rankflow.errors import ExportError
 from rankflow.export.job import ExportJob
-from rankflow.export.peft import Check, write_adapter
+from rankflow.export.peft import tell
+from rankflow.export.write import Check, peft_layout, write_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +57,12 @@ def write_plain(
     return write_adapter(
         job.path,
         tensors,
-        save_config=config.save_pretrained,
-        ranks={site.name: _rank(factors.get(site.name)) for site in job.sites},
-        trained=None,
-        base_model=job.base_model,
-        facts=job.facts,
-        tokenizer=job.options.tokenizer,
+        layout=peft_layout(config.save_pretrained),
+        about=replace(
+            tell(job),
+            ranks={site.name: _rank(factors.get(site.name)) for site in job.sites},
+            trained=None,
+        ),
         check=check,
     )
 
@@ -94,6 +96,22 @@ def beside_sites(job: ExportJob) -> dict[str, Tensor]:
         translate_state_dicts(site.layer, job.adapter_name)
     state = get_peft_model_state_dict(job.model, adapter_name=job.adapter_name)
     return {key: tensor for key, tensor in state.items() if ".lora_" not in key}
+
+
+def refuse_beside_sites(job: ExportJob, consequence: str) -> None:
+    """Refuse an adapter that trains more than its sites.
+
+    Args:
+        job: The export.
+        consequence: What its readers make of that, and what to do instead.
+
+    Raises:
+        ExportError: It does.
+    """
+    others = sorted(beside_sites(job))
+    if others:
+        name = others[0].removeprefix("base_model.model.")
+        raise ExportError(f"the adapter trains {name!r} beside its sites, and {consequence}")
 
 
 def _rank(factors: Factors | None) -> int:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from rankflow.errors import ExportError
 from rankflow.export.copies import evaluate
+from rankflow.export.diffusion import draw_diffusion_inputs, is_diffusers_model
 
 SEED: Final = 0
 _TOKENS: Final = 16
@@ -37,7 +38,7 @@ class Probe:
         said: What the inputs are, in words.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     outputs: tuple[Tensor, ...]
     said: str
 
@@ -93,7 +94,7 @@ def as_exported(model: PeftModel, adapter_name: str) -> Iterator[None]:
                     parameter.requires_grad_(flag)
 
 
-def probe_model(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> Probe | Unprobed:
+def probe_model(model: nn.Module, inputs: Mapping[str, Any] | None) -> Probe | Unprobed:
     """Run a model on inputs, made from its configuration unless they are given.
 
     Args:
@@ -108,7 +109,7 @@ def probe_model(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> Probe 
     made = _make_inputs(model)
     if made is None:
         return Unprobed(f"nothing tells what {type(model).__name__} takes; hand in its inputs")
-    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in made.items())
+    shapes = ", ".join(_shapes(made))
     try:
         return _probe(model, made, f"{shapes}, drawn with seed {SEED}")
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -118,10 +119,10 @@ def probe_model(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> Probe 
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return a model's floating-point outputs in float64, on the CPU."""
     device = next(model.parameters()).device
-    found = model(**{name: value.to(device) for name, value in inputs.items()})
+    found = model(**_move(inputs, device))
     return tuple(tensor.detach().cpu().double() for tensor in _tensors(found))
 
 
@@ -151,7 +152,7 @@ def tolerance(*models: nn.Module) -> float:
     return max(TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16]) for dtype in types)
 
 
-def _probe(model: nn.Module, inputs: dict[str, Tensor], said: str) -> Probe:
+def _probe(model: nn.Module, inputs: dict[str, Any], said: str) -> Probe:
     outputs = outputs_of(model, inputs)
     if not outputs:
         raise ExportError(f"{type(model).__name__} gives no floating-point output to compare")
@@ -160,6 +161,22 @@ def _probe(model: nn.Module, inputs: dict[str, Tensor], said: str) -> Probe:
             f"the live model gives NaN on {said}; the base weights or the inputs are at fault"
         )
     return Probe(inputs, outputs, said)
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _move(inner, device) for name, inner in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _shapes(inputs: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in inputs.items():
+        if isinstance(value, Mapping):
+            yield from _shapes(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            yield f"{prefix}{name} {tuple(value.shape)}"
+        else:
+            yield f"{prefix}{name} {value!r}"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -174,7 +191,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def _make_inputs(model: nn.Module) -> dict[str, Tensor] | None:
+def _make_inputs(model: nn.Module) -> dict[str, Any] | None:
+    if is_diffusers_model(model):
+        return draw_diffusion_inputs(model, SEED)
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
     if isinstance(config, PretrainedConfig) and main == "input_ids":

@@ -12,7 +12,7 @@ from rankflow.adapters.stock import exact_targets
 from rankflow.errors import ExportError
 from rankflow.export.check import check_adapter, judge_exact
 from rankflow.export.job import ExportJob
-from rankflow.export.plain import Factors, beside_sites, plain_config, write_plain
+from rankflow.export.plain import Factors, plain_config, refuse_beside_sites, write_plain
 
 # vllm/config/lora.py, MaxLoRARanks.
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -26,7 +26,7 @@ def write_uniform(job: ExportJob) -> Path:
             the rank asked for is too small; or what was written does not read back.
     """
     _refuse_dora(job)
-    _refuse_heads(job)
+    refuse_beside_sites(job, "servers refuse or ignore what is not LoRA; export as merged")
     largest = max(site.rank for site in job.sites)
     rank = largest if job.options.rank is None else job.options.rank
     if rank < largest:
@@ -65,15 +65,6 @@ def _refuse_dora(job: ExportJob) -> None:
             f"{len(dora)} of {len(job.sites)} sites have a DoRA magnitude, the first is "
             f"{dora[0]!r}, and vLLM, SGLang and LoRAX know no DoRA; export as merged, which is "
             "exact, or as lora-svd and that folder as peft-uniform"
-        )
-
-
-def _refuse_heads(job: ExportJob) -> None:
-    others = sorted(beside_sites(job))
-    if others:
-        raise ExportError(
-            f"the adapter trains {others[0].removeprefix('base_model.model.')!r} beside its sites, "
-            "and servers refuse or ignore what is not LoRA; export as merged"
         )
 
 

@@ -53,11 +53,7 @@ def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
     console.print(f"data        {_describe_data(spec, data)}", highlight=False, soft_wrap=True)
     with console.status("loading the model"):
         set_seed(spec.seed)  # a new head and the adapter are drawn at random
-        base = load_base_model(spec.model, data.labels)
-        check_length(spec.data.max_length, base.model.config)
-        splits = tokenize(
-            data.splits, base.tokenizer, spec.model.task, spec.data.max_length, spec.data.loss_on
-        )
+        base, splits = load_model(spec, data)
     console.print(f"model       {_describe_model(spec, base)}", highlight=False, soft_wrap=True)
     for line in _describe_tokens(spec, data, splits):
         console.print(f"tokens      {line}", highlight=False, soft_wrap=True)
@@ -72,6 +68,21 @@ def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
             start_head(base, fitted.head)
     model = add_adapter(base, spec.model, spec.adapter)
     return Job(data, splits, model, base.tokenizer, collate, baseline)
+
+
+def load_model(spec: RunSpec, data: TaskData) -> tuple[BaseModel, DatasetDict]:
+    """Load the base model under a head for the task, and return the rows in its tokens beside it.
+
+    Raises:
+        SpecError: There is no such model, or it does not fit the rows.
+        RankFlowError: Rows, checkpoint or tokenizer are not fit for the task.
+    """
+    base = load_base_model(spec.model, data.labels)
+    check_length(spec.data.max_length, base.model.config)
+    splits = tokenize(
+        data.splits, base.tokenizer, spec.model.task, spec.data.max_length, spec.data.loss_on
+    )
+    return base, splits
 
 
 def reads_hidden_states(spec: ModelSpec) -> bool:

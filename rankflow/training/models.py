@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from rankflow.errors import RankFlowError, SpecError
+from rankflow.quiet import quiet_libraries
 from rankflow.specs.run import BUILT_IN_MODEL, ModelSpec
 from rankflow.training.locating import count_positions, locate
-from rankflow.training.quiet import quiet_libraries
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from rankflow.adapters.stacked import warn_of_stacked_weights
 from rankflow.allocation.policies import feasible_range
 from rankflow.allocation.pools import with_pools
 from rankflow.budgeting import ResolvedBudget, resolve_budget
+from rankflow.quiet import quiet_libraries
 from rankflow.records import SiteInfo
 from rankflow.report.layout import parse_site, shortest_endings
 from rankflow.specs.run import RunSpec
@@ -28,7 +29,6 @@ from rankflow.training.adapter import add_adapter
 from rankflow.training.arguments import make_arguments
 from rankflow.training.data import load_data
 from rankflow.training.models import build_meta_model, check_length
-from rankflow.training.quiet import quiet_libraries
 from rankflow.training.tokens import tokenize
 
 _SHOWN_EVENTS = 12

@@ -13,11 +13,11 @@ from rankflow.export.inspect import inspect_adapter
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
 from rankflow.integrations.huggingface import RankFlowTrainer
+from rankflow.quiet import quiet_libraries
 from rankflow.specs.run import RunSpec
 from rankflow.training.arguments import make_arguments
 from rankflow.training.job import Job, prepare
 from rankflow.training.progress import ProgressBar
-from rankflow.training.quiet import quiet_libraries
 from rankflow.training.result import RunResult, print_result
 from rankflow.training.run_folder import (
     ADAPTER_FOLDER,

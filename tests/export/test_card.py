@@ -25,7 +25,14 @@ def make_facts(**changes):
 
 def make_card(*, base_model="org/base", is_dora=True, trained=1040, facts=None):
     return write_card(
-        RANKS, base_model=base_model, is_dora=is_dora, trained=trained, stored=1040, facts=facts
+        RANKS,
+        library="diffusers",
+        loading="pipeline.load_lora_weights('here')",
+        base_model=base_model,
+        is_dora=is_dora,
+        trained=trained,
+        stored=1040,
+        facts=facts,
     )
 
 
@@ -37,14 +44,14 @@ def front_matter(card):
 def test_the_front_matter_is_what_model_hubs_read():
     assert front_matter(make_card()) == {
         "base_model": "org/base",
-        "library_name": "peft",
+        "library_name": "diffusers",
         "tags": ["rankflow", "dora"],
     }
 
 
 def test_an_unknown_base_model_is_left_out():
     card = make_card(base_model="", is_dora=False)
-    assert front_matter(card) == {"library_name": "peft", "tags": ["rankflow", "lora"]}
+    assert front_matter(card) == {"library_name": "diffusers", "tags": ["rankflow", "lora"]}
     assert "None" not in card
 
 
@@ -55,13 +62,10 @@ def test_the_title_names_the_method(is_dora, title):
     assert title in make_card(is_dora=is_dora)
 
 
-def test_the_loading_snippet_is_python_for_stock_peft():
+def test_the_card_says_on_what_it_was_trained_and_how_it_is_loaded():
     card = make_card()
-    snippet = card.split("```python\n")[1].split("```")[0]
-    compile(snippet, "card", "exec")
-    assert "from peft import PeftModel" in snippet
-    assert "rankflow" not in snippet
-    assert "org/base" in snippet
+    assert "Trained with RankFlow on `org/base`. Stock `diffusers` loads it:" in card
+    assert card.split("```python\n")[1].split("\n```")[0] == "pipeline.load_lora_weights('here')"
 
 
 def test_the_ranks_are_a_table_of_layers_by_modules():

@@ -8,7 +8,6 @@ from rankflow.export.decompose import (
     AdaptedMatrix,
     decompose,
     factored_svd,
-    fold,
     magnitude_after,
     squared_error,
 )
@@ -116,18 +115,41 @@ def test_the_choice_for_dora_is_near_what_alternating_least_squares_reaches():
     assert squared_error(part, np.arange(2)) < 1.1 * least
 
 
-def test_a_folded_dora_is_the_best_lora_of_its_rank():
-    A, B, W, m = draw()
-    part = fold(AdaptedMatrix("site", A, B, SCALE, m), W)
-    change = normalised(m, W + SCALE * B @ A) - W
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
+@pytest.mark.parametrize("scale", [SCALE, -SCALE])
+@pytest.mark.parametrize("most", [4, 6])
+def test_a_folded_dora_is_the_best_lora_of_every_rank_up_to_its_cap(shape, scale, most):
+    A, B, W, m = draw(out=shape[0], width=shape[1])
+    part = decompose(AdaptedMatrix("site", A, B, scale, m), W, most=most)
+    change = normalised(m, W + scale * B @ A) - W
     S = torch.linalg.svdvals(change)
+    assert len(part.energies) == most
     assert part.change == pytest.approx(float(change.square().sum()))
-    for rank in range(5):
+    torch.testing.assert_close(part.A.norm(dim=1), part.B.norm(dim=0))
+    for rank in range(most + 1):
         keep = np.arange(rank)
-        missing = change - SCALE * part.B[:, keep] @ part.A[keep]
-        assert float(missing.square().sum()) == pytest.approx(float(S[rank:].square().sum()))
-        assert squared_error(part, keep) == pytest.approx(float(missing.square().sum()))
+        missing = float((change - scale * part.B[:, keep] @ part.A[keep]).square().sum())
+        assert missing == pytest.approx(float(S[rank:].square().sum()), abs=1e-12)
+        assert squared_error(part, keep) == pytest.approx(missing, abs=1e-12)
         assert magnitude_after(part, keep) is None
+
+
+def test_folded_components_account_for_themselves_however_small_they_are():
+    A, B, W, _ = draw(out=12, rank=1, width=9)
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    W = U * torch.logspace(0, -11, 9, dtype=torch.float64) @ Vh
+    part = decompose(AdaptedMatrix("site", A, 0 * B, SCALE, 2 * W.norm(dim=1)), W, most=9)
+    assert len(part.energies) == 9  # the change is W itself
+    for rank in range(9):
+        missing = W - SCALE * part.B[:, :rank] @ part.A[:rank]
+        expected = float(missing.square().sum())
+        assert squared_error(part, np.arange(rank)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_folded_components_are_kept_in_the_type_of_the_adapter():
+    A, B, W, m = draw(dtype=torch.float32)
+    part = decompose(AdaptedMatrix("site", A.bfloat16(), B, SCALE, m), W, most=4)
+    assert part.A.dtype == part.B.dtype == torch.float32
 
 
 def test_components_of_zero_are_no_components():
@@ -147,7 +169,7 @@ def test_a_site_without_components_only_has_its_magnitude(scale):
     nothing = np.zeros(0, dtype=np.int64)
     torch.testing.assert_close(magnitude_after(part, nothing), m)
     assert squared_error(part, nothing) == 0
-    assert fold(AdaptedMatrix("site", A, B, scale, m), W).energies.size == 0
+    assert decompose(AdaptedMatrix("site", A, B, scale, m), W, most=len(A)).energies.size == 0
 
 
 def test_rows_of_zero_magnitude_and_of_zero_weight_are_no_trouble():

@@ -8,9 +8,10 @@ from typer.testing import CliRunner
 
 from rankflow.cli import app
 from rankflow.errors import ExportError
+from rankflow.export.compress_folder import BaseReader, compress_folder
 from rankflow.export.folder import export_folder
 from rankflow.export.formats import FORMATS
-from rankflow.export.inspect import CONFIG
+from rankflow.export.inspect import CONFIG, inspect_adapter
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
 from rankflow.export.report import REPORT, read_report
@@ -66,6 +67,52 @@ def test_the_number_of_classes_is_the_heads_and_not_the_base_models(make_adapted
     assert loaded.config.num_labels == 3
 
 
+@pytest.mark.parametrize("name", ["peft", "merged", "lora-svd"])
+def test_the_command_prints_its_own_lines_and_nothing_else(name, make_adapted, tmp_path, capfd):
+    model = make_adapted("bert")
+    base = str(model.get_base_model().config.name_or_path)
+    adapter = export_adapter(model, tmp_path / "adapter")
+    encoder = transformers.AutoModel.from_pretrained(base)
+    encoder.save_pretrained(tmp_path / "encoder")  # a head must be made anew, which is worth a note
+    capfd.readouterr()
+    arguments = ["--output", tmp_path / "out", "--format", name, "--base", tmp_path / "encoder"]
+    result = run(adapter, *arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert "".join(capfd.readouterr()) == ""
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(str(tmp_path / "out"))
+    assert all(line.startswith("  ") for line in lines[1:])
+
+
+NAMES = {0: "red", 1: "green", 2: "blue"}
+
+
+@pytest.mark.parametrize("steps", [[], ["peft"], ["lora-svd"], ["compress"]])
+def test_the_names_of_the_classes_reach_a_merged_model(make_adapted, tmp_path, steps):
+    model = make_adapted("bert")
+    config = model.get_base_model().config
+    config.id2label, config.problem_type = NAMES, "single_label_classification"
+    adapter = export_adapter(model, tmp_path / "adapter")
+    for step in steps:
+        between = tmp_path / step
+        if step == "compress":
+            compress_folder(adapter, between, error=0.3, base=BaseReader(lambda sites: {}))
+        else:
+            export_folder(adapter, between, format=step)
+        adapter = between
+    folder = export_folder(adapter, tmp_path / "out", format="merged")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert loaded.config.id2label == NAMES
+    assert loaded.config.label2id == {"red": 0, "green": 1, "blue": 2}
+    assert loaded.config.problem_type == "single_label_classification"
+
+
+def test_a_language_model_has_no_classes(make_adapted, tmp_path):
+    adapter = export_adapter(make_adapted(), tmp_path / "adapter")
+    assert inspect_adapter(adapter).classes is None
+
+
 def test_dora_reaches_a_server_through_its_approximation(
     make_adapted, tmp_path, stock_base, logits_of
 ):
@@ -80,7 +127,7 @@ def test_dora_reaches_a_server_through_its_approximation(
     assert read_report(folder).max_lora_rank == 16
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [n for n, one in FORMATS.items() if "tokenizer" in one.options])
 def test_the_tokenizer_beside_an_adapter_goes_along_with_its_chat_template(
     name, make_adapted, tmp_path, word_tokenizer
 ):

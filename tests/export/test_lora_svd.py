@@ -1,8 +1,6 @@
-import itertools
 import json
 import math
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -11,7 +9,6 @@ from safetensors.torch import load_file
 from rankflow.errors import ExportError
 from rankflow.export import lora_svd
 from rankflow.export.inspect import WEIGHTS
-from rankflow.export.lora_svd import ranks_within_budget, ranks_within_error
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
 from rankflow.export.report import read_report
@@ -136,13 +133,13 @@ def test_every_kind_of_layer_becomes_lora(mixed, tmp_path):
 
 
 def test_a_wrong_component_is_caught_and_nothing_is_left(make_adapted, tmp_path, monkeypatch):
-    truncate = lora_svd._truncate
+    make = lora_svd._factors
 
-    def swap_signs(site, rank):
-        factors = truncate(site, rank)
+    def swap_signs(site, part, kept):
+        factors = make(site, part, kept)
         return type(factors)(factors.A, -factors.B)
 
-    monkeypatch.setattr(lora_svd, "_truncate", swap_signs)
+    monkeypatch.setattr(lora_svd, "_factors", swap_signs)
     with pytest.raises(ExportError, match="what PEFT loads leaves 19"):
         write(make_adapted(use_dora=True), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -155,47 +152,3 @@ def test_the_live_model_is_left_as_it_was(make_adapted, tmp_path, snapshot, asse
     write(model, tmp_path / "out", max_error=0.3)
     assert_same(before, snapshot(model))
     assert model.peft_config["default"].to_dict() == config
-
-
-def draw_squares(sites=3, most=4):
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        lengths = generator.integers(1, most + 1, sites)
-        yield [np.sort(generator.exponential(size=n))[::-1] for n in lengths]
-
-
-def all_ranks(squares):
-    return itertools.product(*(range(len(s) + 1) for s in squares))
-
-
-def left_out(squares, ranks):
-    return sum(s[r:].sum() for s, r in zip(squares, ranks, strict=True))
-
-
-@pytest.mark.parametrize("error", [0.05, 0.3, 0.7])
-def test_at_equal_costs_no_ranks_meet_the_error_with_fewer_components(error):
-    costs = np.full(3, 5)
-    for squares in draw_squares():
-        allowed = error**2 * left_out(squares, (0, 0, 0))
-        ranks = ranks_within_error(squares, costs, error)
-        assert left_out(squares, ranks) <= allowed * (1 + 1e-12)
-        fewest = min(sum(r) for r in all_ranks(squares) if left_out(squares, r) <= allowed)
-        assert sum(ranks) == fewest
-
-
-@pytest.mark.parametrize("budget", [0, 7, 20, 45])
-def test_at_equal_costs_no_ranks_within_the_budget_leave_less_out(budget):
-    costs = np.full(3, 5)
-    for squares in draw_squares():
-        ranks = ranks_within_budget(squares, costs, budget)
-        assert ranks @ costs <= budget
-        best = min(
-            left_out(squares, r) for r in all_ranks(squares) if np.array(r) @ costs <= budget
-        )
-        assert left_out(squares, ranks) == pytest.approx(best)
-
-
-def test_unequal_costs_are_weighed_against_what_a_component_removes():
-    squares = [np.array([4.0]), np.array([5.0])]
-    assert list(ranks_within_budget(squares, np.array([2, 10]), 10)) == [1, 0]
-    assert list(ranks_within_error(squares, np.array([2, 10]), 0.8)) == [1, 0]

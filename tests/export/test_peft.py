@@ -15,6 +15,7 @@ from torch import nn
 from rankflow.engine import RankFlow
 from rankflow.errors import ExportError, SiteError
 from rankflow.export import peft as export_module
+from rankflow.export import write as write_module
 from rankflow.export.folder import export_folder
 from rankflow.export.inspect import FACTS, WEIGHTS
 from rankflow.export.peft import export_adapter
@@ -452,13 +453,23 @@ def _fail(*arguments, **keywords):
     raise OSError("disk full")
 
 
-@pytest.mark.parametrize("moment", ["_save_stock", "save_file", "load_file", "write_card"])
-def test_a_failure_in_the_middle_leaves_the_older_export_whole(tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(
+    ("module", "moment"),
+    [
+        (export_module, "_save_stock"),
+        (write_module, "save_file"),
+        (write_module, "load_file"),
+        (write_module, "write_card"),
+    ],
+)
+def test_a_failure_in_the_middle_leaves_the_older_export_whole(
+    tmp_path, monkeypatch, module, moment
+):
     model = make_trained()
     folder = export_adapter(model, tmp_path / "adapter")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     train(model, "llama")
-    monkeypatch.setattr(export_module, moment, _fail)
+    monkeypatch.setattr(module, moment, _fail)
     with pytest.raises(OSError, match="disk full"):
         export_adapter(model, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -470,7 +481,7 @@ def test_a_file_that_reads_back_otherwise_is_noticed(tmp_path, monkeypatch):
         first = next(iter(tensors))
         save_file(tensors | {first: tensors[first] + 1}, path, metadata)
 
-    monkeypatch.setattr(export_module, "save_file", save_wrongly)
+    monkeypatch.setattr(write_module, "save_file", save_wrongly)
     with pytest.raises(ExportError, match="what was written differs from the model in"):
         export_adapter(make_trained(), tmp_path / "adapter")
     assert names(tmp_path) == []
@@ -547,3 +558,13 @@ def test_where_nobody_knows_what_was_trained_nothing_is_claimed(tmp_path):
     assert own["trained_parameters"] is None
     assert own["stored_parameters"] == sum(t.numel() for t in load_file(again / WEIGHTS).values())
     assert "The file holds" not in (again / "README.md").read_text()
+
+
+def test_the_card_loads_the_adapter_by_peft_alone(tmp_path):
+    folder = export_adapter(make_trained(), tmp_path / "adapter")
+    card = (folder / "README.md").read_text()
+    snippet = card.split("```python\n")[1].split("```")[0]
+    scope = {"base": BASES["llama"]()[0]}
+    exec(snippet.replace("path/to/this/folder", str(folder)), scope)
+    assert isinstance(scope["model"], peft.PeftModel)
+    assert "rankflow" not in snippet

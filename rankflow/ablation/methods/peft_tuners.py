@@ -17,9 +17,9 @@ from torch import nn
 from rankflow.ablation.methods.method import Built, Method, Setting, UnsupportedError
 from rankflow.ablation.methods.targets import Target, find_targets, full_modules
 from rankflow.errors import SpecError
+from rankflow.quiet import quiet_libraries
 from rankflow.training.adapter import task_type
 from rankflow.training.models import BaseModel
-from rankflow.training.quiet import quiet_libraries
 
 # VeRA computes with rank * (in + out) frozen numbers for every rank + out that it trains: at this
 # rank its two products cost 43 times as much as a square layer of MiniLM.

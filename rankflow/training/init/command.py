@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rankflow.errors import SpecError
+from rankflow.quiet import quiet_libraries
 from rankflow.specs.budget import load_budget
 from rankflow.training.init.checkpoint import read_checkpoint
 from rankflow.training.init.choose import choose_reading
@@ -12,7 +13,6 @@ from rankflow.training.init.rows import read_first_rows
 from rankflow.training.init.settings import choose_settings, measure_rows
 from rankflow.training.init.text import Draft, describe_model, write_spec
 from rankflow.training.init.wishes import Wishes
-from rankflow.training.quiet import quiet_libraries
 
 
 def init(wishes: Wishes, *, console: Console) -> Path:

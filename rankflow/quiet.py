@@ -1,10 +1,10 @@
-"""Keep libraries from writing over RankFlow's own progress bar."""
+"""Keep libraries from writing between RankFlow's own lines."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import datasets
 from transformers.utils import logging as transformers_logging
 
 
@@ -13,10 +13,12 @@ def quiet_libraries() -> Iterator[None]:
     """Hide the progress bars of datasets and transformers, and notes below the level of errors."""
     level = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
-    had_data_bars = not datasets.are_progress_bars_disabled()
+    datasets = sys.modules.get("datasets")  # a second to import, where nothing else needs it
+    had_data_bars = datasets is not None and not datasets.are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if datasets is not None:
+        datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5 for an attribute under its old name.
@@ -26,5 +28,5 @@ def quiet_libraries() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if had_bars:
             transformers_logging.enable_progress_bar()
-        if had_data_bars:
+        if datasets is not None and had_data_bars:
             datasets.enable_progress_bars()
