@@ -273,7 +273,7 @@ def compress(
         output,
         request,
         error=error,
-        base=_base_of(source, base) if run is None else _calibrated_base(source, base, run),
+        base=_read_base(source, base, run),
         png=png,
         ranks=ranks,
         console=Console(),
@@ -411,24 +411,16 @@ def show_preset(
     typer.echo(find_budget(name).read_text(encoding="utf-8"), nl=False)
 
 
-def _base_of(adapter: Path, base: str | None) -> Any:
-    from rankflow.analysis.base_rows import count_base_parameters, read_base_rows
-    from rankflow.export.compress_folder import BaseReader
-    from rankflow.export.inspect import inspect_adapter
+def _read_base(adapter: Path, base: str | None, run: Path | None) -> Any:
+    if run is None:
+        from rankflow.analysis.base_rows import read_by_name
 
-    named = inspect_adapter(adapter).base_model if base is None else base
-    return BaseReader(
-        rows=lambda sites: read_base_rows(named, sites),
-        parameters=lambda: count_base_parameters(named, adapter),
-    )
-
-
-def _calibrated_base(adapter: Path, base: str | None, run: Path) -> Any:
-    from rankflow.specs.run import load_run
-
-    spec = load_run(run, ())
+        return read_by_name(adapter, base)
     if base is not None:
         raise SpecError("--run names the base model already; leave --base out")
+    from rankflow.specs.run import load_run
+
+    spec = load_run(run, ())  # its faults show before the slow import below
     from rankflow.training.calibration import read_by_run
 
     return read_by_run(spec, adapter)

@@ -8,8 +8,27 @@ from torch import Tensor, nn
 from rankflow.analysis.naming import match_names
 from rankflow.analysis.weights import load_weights, weight_of
 from rankflow.errors import RankFlowError
+from rankflow.export.compress_folder import BaseReader
+from rankflow.export.inspect import inspect_adapter
 from rankflow.export.loading import count_base
 from rankflow.training.locating import locate
+
+
+def read_by_name(adapter: Path, base: str | None) -> BaseReader:
+    """Return what reads the base model that an adapter's configuration names, or another one.
+
+    Args:
+        adapter: The adapter's folder.
+        base: 'minilm', a folder, or a hub id, in place of the one that it names.
+
+    Raises:
+        RankFlowError: The adapter cannot be read.
+    """
+    named = inspect_adapter(adapter).base_model if base is None else base
+    return BaseReader(
+        rows=lambda sites: read_base_rows(named, sites),
+        parameters=lambda: count_base(adapter, locate(named)),
+    )
 
 
 def read_base_rows(base: str, sites: Sequence[str]) -> dict[str, Tensor]:
@@ -39,19 +58,6 @@ def read_base_rows(base: str, sites: Sequence[str]) -> dict[str, Tensor]:
         name = None if renaming is None else renaming.translate(site)
         rows[site] = _rows(site, modules.get(name or ""), base)
     return rows
-
-
-def count_base_parameters(base: str, adapter: Path) -> int:
-    """Count the parameters of a saved adapter's base model, from its configuration alone.
-
-    Args:
-        base: 'minilm', a folder that ``save_pretrained`` wrote, or a hub id.
-        adapter: The adapter's folder, which tells the task.
-
-    Raises:
-        RankFlowError: The configuration cannot be read.
-    """
-    return count_base(adapter, locate(base))
 
 
 def _rows(site: str, module: nn.Module | None, base: str) -> Tensor:
