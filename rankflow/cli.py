@@ -71,14 +71,20 @@ def train(run: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(run: RunFile, overrides: Overrides = None) -> None:
-    """Show sites, costs, budgets and events of a run, without training."""
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also train for two steps, to measure their memory.")
+    ] = False,
+) -> None:
+    """Show sites, costs, budgets, events and memory of a run, without training."""
     from rankflow.specs.run import load_run
 
     spec = load_run(run, overrides or ())
     from rankflow.training.plan import plan_run
 
-    plan_run(spec, console=Console())
+    plan_run(spec, console=Console(), measure=measure)
 
 
 @app.command()

@@ -95,7 +95,7 @@ def test_a_run_is_loaded_with_its_overrides_and_handed_on(
 ):
     seen = []
 
-    def receive(run, *, console):
+    def receive(run, *, console, **_):
         seen.append(run)
         console.print("done")
 
