@@ -60,6 +60,53 @@ def main(
 
 
 @app.command()
+def init(
+    model: Annotated[str, typer.Option(help="'minilm', a folder, or a hub id.")],
+    data: Annotated[str, typer.Option(help="'docstrings', a file, or a hub id.")],
+    task: Annotated[
+        Literal["sequence-classification", "token-classification", "causal-lm", "seq2seq-lm"]
+        | None,
+        typer.Option(help="What to learn, if model and data leave it open."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Column with the input.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Column with the second input.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column with the class.")] = None,
+    messages: Annotated[str | None, typer.Option(help="Column with conversations.")] = None,
+    target: Annotated[str | None, typer.Option(help="Column with the output or answer.")] = None,
+    config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File with a chat template, if the model has none.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="A preset, or a TOML file.")] = "hybrid",
+    rank: Annotated[float, typer.Option(help="The budget as a rank of plain LoRA.")] = 8,
+    output: Annotated[Path, typer.Option(help="The run spec to write.")] = Path("run.toml"),
+) -> None:
+    """Write a commented run spec for a model and a data set."""
+    from rankflow.training.init.command import init as write
+    from rankflow.training.init.wishes import Wishes
+
+    columns = {
+        "text": text,
+        "text_pair": text_pair,
+        "label": label,
+        "messages": messages,
+        "target": target,
+    }
+    wishes = Wishes(
+        model=model,
+        data=data,
+        config=config,
+        task=task,
+        columns={key: column for key, column in columns.items() if column is not None},
+        chat_template=chat_template,
+        budget=budget,
+        rank=rank,
+        output=output,
+    )
+    write(wishes, console=Console())
+
+
+@app.command()
 def train(run: RunFile, overrides: Overrides = None) -> None:
     """Train an adapter as a run spec says, and export it."""
     from rankflow.specs.run import load_run

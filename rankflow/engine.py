@@ -28,6 +28,7 @@ from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gating import check_untrained, convert, start_gates
 from rankflow.adapters.sites import find_sites, magnitudes_on
+from rankflow.adapters.stacked import warn_of_stacked_weights
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
 from rankflow.adapters.vera import draw_matrices, share_matrices, start_vectors
@@ -106,6 +107,7 @@ class RankFlow:
         self.sinks = list(sinks)
         self._sites = find_sites(model, adapter_name)
         check_trainable(model, adapter_name, self._sites)
+        warn_of_stacked_weights(model)
         is_new = self._sites[0].gate is None
         if is_new:
             if budget.components != "factors" and resume is None:

@@ -1,7 +1,10 @@
 """Every example runs, and says what it promises."""
 
+import re
 import runpy
 from pathlib import Path
+
+import pytest
 
 from rankflow.specs.run import load_run
 
@@ -29,6 +32,78 @@ def test_the_callback_prunes_a_trainers_model_to_its_budget(capsys):
     assert spent <= limit
 
 
+def _last_number(text: str, before: str) -> float:
+    """Return the number that stands before some words."""
+    return float(text.split(before)[0].split()[-1].rstrip("%"))
+
+
+def _stock_difference(text: str) -> float:
+    return float(text.split("stock PEFT differs by at most")[1].split()[0])
+
+
+# TRL's own default is an argument that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_chat_model_learns_the_assistants_words_with_trl(capsys):
+    _run("sft_trl.py")
+    out = capsys.readouterr().out
+    for fruit, colour in {"banana": "yellow", "cherry": "red", "lime": "green"}.items():
+        assert f"{fruit}: {colour} <end>" in out
+    assert _last_number(out, " reallocations") > 5
+
+
+def test_words_are_tagged_under_a_budget(capsys):
+    _run("token_classification.py")
+    out = capsys.readouterr().out
+    assert _last_number(out, " of the tags are right") > 70
+    assert _stock_difference(out) <= 1e-5
+
+
+def test_bart_generates_what_it_learned_under_one_budget(capsys):
+    _run("seq2seq_bart.py")
+    out = capsys.readouterr().out
+    assert _last_number(out, " of unseen rows come out right") > 90
+    assert _stock_difference(out) <= 1e-5
+    assert "model.decoder.layers.0.encoder_attn.q_proj" in out
+
+
+def test_a_vision_transformer_is_adapted_with_its_patch_embedding(capsys):
+    _run("vision_transformer.py")
+    out = capsys.readouterr().out
+    assert _last_number(out, " of unseen images are told right") > 80
+    assert _stock_difference(out) <= 1e-5
+    assert "patch_embeddings.projection" in out
+
+
+def test_a_vision_language_model_shares_a_budget_between_projector_and_language(capsys):
+    _run("vision_language.py")
+    out = capsys.readouterr().out
+    assert _last_number(out, " of unseen images are described right") > 90
+    assert _stock_difference(out) <= 2e-5
+    assert "multi_modal_projector.linear_1" in out
+    assert "vision_tower" not in out
+
+
+def test_experts_get_ranks_as_they_get_tokens(capsys):
+    _run("mixture_of_experts.py")
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if "tokens" in line]
+    ranks = [int(row[-1]) for row in rows]
+    assert [int(row[1]) for row in rows][-3:] == ranks[-3:] == [0, 0, 0]
+    assert min(ranks[:3]) > max(ranks[3:])
+    assert _stock_difference(out) <= 1e-5
+
+
+def test_two_tasks_are_served_from_one_base_and_one_of_them_gets_better(capsys):
+    _run("two_tasks.py")
+    lines = capsys.readouterr().out.splitlines()
+    answers = dict(line.split(": ") for line in lines if " from " in line)
+    assert answers["up from 3"] == "[5, 6, 7, 8, 9]"
+    assert answers["up from 9"] == "[11, 12, 13, 14, 15]"
+    assert answers["down-2 from 3"] == "[1, 0, 15, 14, 13]"
+    assert answers["down-2 from 9"] == "[7, 6, 5, 4, 3]"
+    assert lines[-1] == "adapters now: up, down-2"
+
+
 def test_the_quickstarts_run_spec_loads():
     assert load_run(EXAMPLES / "quickstart" / "run.toml").budget.target
 
@@ -40,6 +115,14 @@ def test_the_picture_shows_what_is_needed_and_every_method(monkeypatch, tmp_path
     assert (tmp_path / "hybrid.png").read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == list(picture["METHODS"])
+
+
+def test_the_index_names_every_example():
+    index = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/-]+\.(?:py|toml))`", index))
+    scripts = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.py")}
+    specs = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*.toml")}
+    assert scripts | specs == named
 
 
 def test_no_example_is_longer_than_120_lines():

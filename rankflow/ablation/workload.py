@@ -232,7 +232,7 @@ def _open_texts(task: TaskSpec, model: ModelSpec, data: DataSpec, batch: int) ->
                 )
         base = build_meta_model(model, loaded.labels)
         check_length(data.max_length, base.model.config)
-        splits = tokenize(loaded.splits, base.tokenizer, model.task, data.max_length)
+        splits = tokenize(loaded.splits, base.tokenizer, model.task, data.max_length, data.loss_on)
         collate = make_collator(base.tokenizer, model.task)
         memory = _open_memory(task.forgetting, model, base.tokenizer)
     has_targets = model.task == "causal-lm" and data.target is not None

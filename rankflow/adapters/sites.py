@@ -337,10 +337,17 @@ def _kind(name: str, layer: LoraLayer, adapter_name: str) -> SiteKind:
             f"site {name!r} uses {type(variant).__name__}, which is not a sum of rank-1 "
             "components; use plain LoRA or use_dora=True, or take the site out of target_modules"
         )
-    if isinstance(layer, ParamWrapper | MultiheadAttention):
+    if isinstance(layer, ParamWrapper):
         raise SiteError(
-            f"site {name!r} is a {type(layer).__name__}, which RankFlow cannot resize; take it out "
-            "of target_modules and target_parameters"
+            f"site {name!r} adapts the parameter {layer.parameter_name!r} of no linear layer, such "
+            "as stacked experts, and cannot be resized; leave target_parameters out, and where "
+            "target_modules='all-linear' brought it, name the linear layers instead, e.g. "
+            "target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']"
+        )
+    if isinstance(layer, MultiheadAttention):
+        raise SiteError(
+            f"site {name!r} is a MultiheadAttention, which RankFlow cannot resize; take it out of "
+            "target_modules"
         )
     if layer.lora_bias.get(adapter_name, False):
         raise SiteError(

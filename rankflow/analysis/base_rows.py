@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rankflow.analysis.naming import match_names
 from rankflow.analysis.weights import load_weights, weight_of
 from rankflow.errors import RankFlowError
-from rankflow.training.models import locate
+from rankflow.training.locating import locate
 
 
 def read_base_rows(base: str, sites: Sequence[str]) -> dict[str, Tensor]:

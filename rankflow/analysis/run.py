@@ -15,7 +15,7 @@ from rankflow.analysis.figure import change_scatter, shorten
 from rankflow.analysis.points import Point, Run, choose_sites, measure_run
 from rankflow.analysis.weights import load_weights
 from rankflow.report.layout import GridLayout, lay_out
-from rankflow.training.models import locate
+from rankflow.training.locating import locate
 from rankflow.training.run_folder import write_json
 
 RESULTS_FILE = "analysis.json"

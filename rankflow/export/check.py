@@ -24,6 +24,7 @@ from rankflow.export.probe import (
     tolerance,
 )
 from rankflow.export.report import ExportReport, measure_files, write_report
+from rankflow.export.tokenizer import TOKENIZER
 
 LOADER = "peft.PeftModel.from_pretrained"
 # A scale that is baked in rounds B once, and the response to an input adds roundings of its type.
@@ -103,7 +104,6 @@ def make_report(
     largest_rank: int | None = None,
     change_error: float | None = None,
     max_lora_rank: int | None = None,
-    tokenizer: bool = False,
 ) -> ExportReport:
     """Compare outputs and put the report of an export together.
 
@@ -118,7 +118,6 @@ def make_report(
         largest_rank: For the report.
         change_error: For the report.
         max_lora_rank: For the report.
-        tokenizer: For the report.
 
     Raises:
         ExportError: The outputs differ by more than is tolerated.
@@ -152,7 +151,7 @@ def make_report(
         adapter_effect=effect,
         change_error=change_error,
         max_lora_rank=max_lora_rank,
-        tokenizer=tokenizer,
+        tokenizer=(folder / TOKENIZER).is_file(),
     )
 
 

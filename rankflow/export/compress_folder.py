@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rankflow.adapters.stock import check_initialisation, exactly, plain_alpha
 from rankflow.errors import ExportError, RankFlowError, SiteError
@@ -30,6 +31,7 @@ from rankflow.export.decompose import (
 )
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, SiteSummary, inspect_adapter
 from rankflow.export.peft import write_adapter
+from rankflow.export.tokenizer import find_tokenizer
 from rankflow.records import IntArray, SiteInfo, SiteKind
 from rankflow.specs.budget import BudgetSpec
 
@@ -132,7 +134,7 @@ def compress_folder(
         return decide(Anatomy(infos, parts, ranks, summary.parameters), request, limit)
 
     decision = decide_best(attempt, request)
-    _write(output, summary, config, tensors, sites, decision)
+    _write(output, summary, config, tensors, sites, decision, find_tokenizer(source))
     return decision.record
 
 
@@ -191,6 +193,7 @@ def _write(
     tensors: dict[str, Tensor],
     sites: Sequence[_Saved],
     decision: Decision,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
     written = {k: t for k, t in tensors.items() if not any(k in (s.a, s.b, s.m) for s in sites)}
     scales = {}
@@ -212,6 +215,7 @@ def _write(
         trained=decision.record.parameters,
         base_model=summary.base_model,
         facts=None,
+        tokenizer=tokenizer,
     )
 
 

@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from rankflow.errors import ExportError
 from rankflow.export.formats import find_format
@@ -16,6 +15,7 @@ from rankflow.export.loading import load_adapted
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter, write_adapter
 from rankflow.export.report import ExportReport, measure_files, write_report
+from rankflow.export.tokenizer import TOKENIZER, find_tokenizer
 
 
 def export_folder(
@@ -51,16 +51,15 @@ def export_folder(
     options.check(chosen)
     adapter = find_adapter(Path(source))
     summary = inspect_adapter(adapter)
+    if options.tokenizer is None:
+        options = replace(options, tokenizer=find_tokenizer(adapter))
     if format == "peft" and base_model is None:
-        return _copy(adapter, summary, Path(output))
+        return _copy(adapter, summary, Path(output), options)
     model = load_adapted(adapter, base_model)
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    if "tokenizer" in chosen.options and options.tokenizer is None and has_tokenizer:
-        options = replace(options, tokenizer=AutoTokenizer.from_pretrained(adapter))
     return export_adapter(model, output, format=format, options=options)
 
 
-def _copy(adapter: Path, summary: AdapterSummary, output: Path) -> Path:
+def _copy(adapter: Path, summary: AdapterSummary, output: Path, options: ExportOptions) -> Path:
     """Write an adapter again without its base model."""
     return write_adapter(
         output,
@@ -70,6 +69,7 @@ def _copy(adapter: Path, summary: AdapterSummary, output: Path) -> Path:
         trained=summary.trained_parameters,
         base_model=summary.base_model,
         facts=None,
+        tokenizer=options.tokenizer,
         check=lambda folder: _report_copy(folder, summary),
     )
 
@@ -87,6 +87,7 @@ def _report_copy(folder: Path, summary: AdapterSummary) -> None:
         bytes=size,
         largest_rank=max(summary.ranks.values()),
         not_probed="the base model was not loaded; name it with --base",
+        tokenizer=(folder / TOKENIZER).is_file(),
     )
     write_report(folder, report)
 

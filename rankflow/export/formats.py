@@ -41,7 +41,7 @@ FORMATS: Final = {
             writes="the adapter, exact, each site at its own rank",
             loads_in=("peft", "transformers (load_adapter)", "diffusers"),
             fails_in=(_SERVERS,),
-            options=frozenset(),
+            options=frozenset({"tokenizer"}),
             home=("rankflow.export.peft", "write_peft"),
         ),
         Format(
@@ -49,7 +49,7 @@ FORMATS: Final = {
             writes="a LoRA adapter of one rank, zero-padded, with the scale baked in",
             loads_in=("peft", "vLLM", "SGLang", "LoRAX", "llama.cpp (by its converter)"),
             fails_in=(),
-            options=frozenset({"rank"}),
+            options=frozenset({"rank", "tokenizer"}),
             home=("rankflow.export.uniform", "write_uniform"),
         ),
         Format(
@@ -68,7 +68,7 @@ FORMATS: Final = {
                 "vLLM, SGLang, LoRAX, TGI: they ignore or refuse rank patterns; export this folder "
                 "again as peft-uniform",
             ),
-            options=frozenset({"rank", "max_error"}),
+            options=frozenset({"rank", "max_error", "tokenizer"}),
             home=("rankflow.export.lora_svd", "write_lora_svd"),
         ),
     )

@@ -23,6 +23,7 @@ from rankflow.export.probe import (
     tolerance,
 )
 from rankflow.export.report import write_report
+from rankflow.export.tokenizer import find_tokenizer
 
 _SHARD = "5GB"
 
@@ -39,7 +40,7 @@ def write_merged(job: ExportJob) -> Path:
     """
     live = job.model.get_base_model()
     _check_base(job, live)
-    tokenizer = job.options.tokenizer or _find_tokenizer(job.base_model)
+    tokenizer = job.options.tokenizer or find_tokenizer(job.base_model)
     with as_exported(job.model, job.adapter_name):
         probe = _probe(job, live)
         merged = _merge(job)
@@ -64,7 +65,6 @@ def write_merged(job: ExportJob) -> Path:
                 untouched,
                 checked_by=f"transformers.{type(live).__name__}.from_pretrained",
                 limit=limit,
-                tokenizer=tokenizer is not None,
             )
             write_report(folder, report)
     return job.path
@@ -132,13 +132,9 @@ def _check_weights(merged: nn.Module, loaded: nn.Module) -> None:
             raise ExportError(f"the weight {name!r} that transformers loads is not the merged one")
 
 
-def _find_tokenizer(base_model: str) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in a local folder, if there is one; nothing is downloaded."""
-    if not (Path(base_model) / "tokenizer_config.json").is_file():
-        return None
-    return AutoTokenizer.from_pretrained(base_model)
-
-
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+    loaded = AutoTokenizer.from_pretrained(folder)
+    if loaded.get_vocab() != tokenizer.get_vocab():
         raise ExportError("the tokenizer that transformers loads has another vocabulary")
+    if loaded.chat_template != tokenizer.chat_template:
+        raise ExportError("the tokenizer that transformers loads has another chat template")

@@ -25,8 +25,8 @@ class ExportOptions:
             by default.
         dtype: ``merged``: type of the weights, e.g. ``"bfloat16"``.
         max_shard_size: ``merged``: largest file, e.g. ``"5GB"``.
-        tokenizer: ``merged``: saved beside the model; by default the one in the base model's own
-            folder, if it has one.
+        tokenizer: Saved with what is written; for ``merged`` by default the one in the base
+            model's own folder, if it has one.
         inputs: Keyword arguments of the model's forward on which outputs are compared; by default
             seeded ones, made from the model's configuration.
     """

@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rankflow.adapters.sites import Site, find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
@@ -96,6 +97,7 @@ def write_peft(job: ExportJob) -> Path:
         trained=sum(site.parameters for site in job.sites),
         base_model=job.base_model,
         facts=job.facts,
+        tokenizer=job.options.tokenizer,
         check=lambda folder: check_adapter(job, folder, judge_exact(job)),
     )
 
@@ -109,6 +111,7 @@ def write_adapter(
     trained: int | None,
     base_model: str,
     facts: AdapterFacts | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     check: Check | None = None,
 ) -> Path:
     """Write the folder of an adapter and check it, wholly or not at all.
@@ -121,6 +124,7 @@ def write_adapter(
         trained: Parameters of the sites that were trained; None if that is not known.
         base_model: Name or path of the base model; may be empty.
         facts: What the run knows of the adapter.
+        tokenizer: Saved beside the adapter, with its chat template; None for none.
         check: Called with the written folder before it gets its name; raises if it is wrong.
 
     Raises:
@@ -134,6 +138,8 @@ def write_adapter(
         save_config(folder)
         save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
         _check_written(folder / WEIGHTS, stored)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         is_dora = any(_MAGNITUDE in key for key in stored)
         size = sum(tensor.numel() for key, tensor in stored.items() if ".lora_" in key)
         card = write_card(

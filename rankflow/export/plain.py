@@ -60,6 +60,7 @@ def write_plain(
         trained=None,
         base_model=job.base_model,
         facts=job.facts,
+        tokenizer=job.options.tokenizer,
         check=check,
     )
 

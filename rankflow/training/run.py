@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from rankflow.adapters.sites import find_sites
 from rankflow.export.inspect import inspect_adapter
+from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
 from rankflow.integrations.huggingface import RankFlowTrainer
 from rankflow.specs.run import RunSpec
@@ -54,10 +55,11 @@ def train(spec: RunSpec, *, console: Console) -> RunResult:
                     f"output      an earlier run moved to {aside}", highlight=False, soft_wrap=True
                 )
         trainer = make_trainer(spec, job, args)
+        trainer.remove_callback(PrinterCallback)  # the console tells what there is to tell
         baseline = job.baseline or _measure_base_model(trainer, job)
         _train_under_bar(trainer, console)
         metrics = _measure(trainer, job)
-        adapter = _export(trainer, metrics, folder / ADAPTER_FOLDER)
+        adapter = _export(trainer, metrics, folder / ADAPTER_FOLDER, job.tokenizer)
     seconds = time.perf_counter() - began
     result = _sum_up(trainer, job, folder, adapter, baseline, metrics, seconds)
     write_json(
@@ -69,7 +71,6 @@ def train(spec: RunSpec, *, console: Console) -> RunResult:
 
 def _train_under_bar(trainer: RankFlowTrainer, console: Console) -> None:
     bar = ProgressBar(console, trainer.rankflow)
-    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar)
     try:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
@@ -94,10 +95,16 @@ def _measure(trainer: RankFlowTrainer, job: Job) -> dict[str, float]:
     return {"loss": loss, "perplexity": math.exp(loss)}
 
 
-def _export(trainer: RankFlowTrainer, metrics: dict[str, float], path: Path) -> Path:
+def _export(
+    trainer: RankFlowTrainer,
+    metrics: dict[str, float],
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Path:
     flow = trainer.rankflow.flow
     assert flow is not None  # training is over
-    return export_adapter(trainer.model, path, facts=flow.facts(metrics))
+    options = ExportOptions(tokenizer=tokenizer)
+    return export_adapter(trainer.model, path, facts=flow.facts(metrics), options=options)
 
 
 def _sum_up(

@@ -1,8 +1,10 @@
 """Where rows come from: the built-in data set, files, or a hub id."""
 
 import codecs
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
@@ -39,18 +41,31 @@ def load_sources(spec: DataSpec) -> dict[str, Split]:
     """
     if spec.name is None:
         return _load_files(spec)
-    loaded = load_docstrings() if spec.name == BUILT_IN_DATA else _load_hub(spec.name, spec.config)
-    if "train" not in loaded:
-        raise SpecError(
-            f"[data] name: the data set '{spec.name}' has no split 'train', only "
-            f"{', '.join(map(repr, loaded))}; export the rows to a file and name it under [data] "
-            "train"
-        )
+    loaded = _load_named(spec.name, spec.config)
     return {
         name: Split(loaded[name], f"the data set '{spec.name}', split '{name}'")
         for name in SPLITS
         if name in loaded
     }
+
+
+def open_source(name: str, config: str | None) -> Mapping[str, Iterable[dict[str, Any]]]:
+    """Open the built-in rows, a file, or a data set of the hub, which is read as it is asked for.
+
+    Args:
+        name: ``docstrings``, a file, or a hub id.
+        config: Configuration of a hub id.
+
+    Returns:
+        The rows by split.
+
+    Raises:
+        SpecError: There is no such data set, or it has no split to train on.
+        RankFlowError: A file is empty, or not what its ending says.
+    """
+    if Path(name).suffix in _READERS:
+        return {"train": _load_file(Path(name))}
+    return _load_named(name, config, streaming=True)
 
 
 def load_files(paths: tuple[Path, ...]) -> Split:
@@ -68,6 +83,17 @@ def load_files(paths: tuple[Path, ...]) -> Split:
 def _load_files(spec: DataSpec) -> dict[str, Split]:
     files = {"train": spec.train, "validation": spec.validation, "test": spec.test}
     return {name: load_files(paths) for name, paths in files.items() if paths is not None}
+
+
+def _load_named(name: str, config: str | None, *, streaming: bool = False) -> DatasetDict:
+    loaded = load_docstrings() if name == BUILT_IN_DATA else _load_hub(name, config, streaming)
+    if "train" not in loaded:
+        raise SpecError(
+            f"[data] name: the data set '{name}' has no split 'train', only "
+            f"{', '.join(map(repr, loaded))}; export the rows to a file and name it under [data] "
+            "train"
+        )
+    return loaded
 
 
 def _load_file(path: Path) -> Dataset:
@@ -96,9 +122,9 @@ def _list(paths: tuple[Path, ...]) -> str:
     return ", ".join(map(str, paths))
 
 
-def _load_hub(name: str, config: str | None) -> DatasetDict:
+def _load_hub(name: str, config: str | None, streaming: bool) -> DatasetDict:
     try:
-        return load_dataset(name, config)
+        return load_dataset(name, config, streaming=streaming)
     except (DatasetsError, ValueError, OSError) as error:
         raise SpecError(
             f"[data] name: cannot load '{name}': {error}; the built-in data set is "

@@ -1,9 +1,11 @@
 """Turn the rows of a run into token ids, and the ids into padded batches."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from datasets import DatasetDict
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -13,7 +15,9 @@ from transformers import (
 )
 
 from rankflow.errors import RankFlowError
-from rankflow.specs.run import Task
+from rankflow.specs.run import LossOn, Task
+from rankflow.training.chat import Conversation, check_template, tokenize_spans
+from rankflow.training.messages import present
 
 IGNORED = -100
 Columns = Mapping[str, list[Any]]
@@ -21,7 +25,11 @@ Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 
 def tokenize(
-    splits: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int
+    splits: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    max_length: int,
+    loss_on: LossOn = "assistant",
 ) -> DatasetDict:
     """Replace texts by token ids of at most ``max_length`` tokens; longer texts are cut.
 
@@ -31,18 +39,23 @@ def tokenize(
     tokenised apart, as they are at inference, with nothing put between them: a space or a line
     break between the two belongs into one of them.
 
+    Conversations are one row each, cut behind ``max_length``; a row is dropped if nothing that is
+    learned is left of it. See `rankflow.training.chat` for what is learned.
+
     Args:
         splits: Rows with the columns that `rankflow.training.data` describes.
         tokenizer: The model's tokenizer.
         task: What the model learns.
         max_length: Longest row (tokens).
+        loss_on: What of a conversation is learned.
 
     Returns:
         Splits with ``input_ids``, ``attention_mask`` and ``labels``.
 
     Raises:
-        RankFlowError: A split has no row left, a target does not fit or has no prompt, or the
-            tokenizer cannot align words.
+        SpecError: There are conversations, and no template for them.
+        RankFlowError: A split has no row left, a target does not fit or has no prompt, the chat
+            template cannot be followed, or the tokenizer cannot align words.
     """
     if task == "token-classification" and not tokenizer.is_fast:
         raise RankFlowError(
@@ -50,12 +63,20 @@ def tokenize(
             "task = 'token-classification' needs; choose a model with a fast tokenizer"
         )
     encode = partial(_ENCODERS[task], tokenizer=tokenizer, max_length=max_length)
+    if "messages" in splits["train"].column_names:
+        check_template(tokenizer)
+        encode = partial(
+            _encode_conversations, tokenizer=tokenizer, max_length=max_length, loss_on=loss_on
+        )
     tokenized = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # it would be saved, and cut other texts
     for name, rows in tokenized.items():
         if len(rows) == 0:
-            raise RankFlowError(
-                f"split '{name}': no text has the two tokens that a prediction needs"
-            )
+            what = "no text has the two tokens that a prediction needs"
+            if "messages" in splits[name].column_names:
+                what = f"every answer begins behind [data] max_length = {max_length}; raise it"
+            raise RankFlowError(f"split '{name}': {what}")
     return tokenized
 
 
@@ -66,9 +87,38 @@ def make_collator(tokenizer: PreTrainedTokenizerBase, task: Task) -> Collator:
         collator = DataCollatorWithPadding(tokenizer)
     elif task == "token-classification":
         collator = DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
+    elif task == "causal-lm":
+        collator = CausalCollator(tokenizer)
     else:
         collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     return collator
+
+
+@dataclass(frozen=True, slots=True)
+class CausalCollator:
+    """Pads the rows of a causal model on the right, whatever side its tokenizer pads.
+
+    Tokenizers of decoders often pad on the left, for generation. In training a model counts
+    positions from the first column on, so that padding there would move the text.
+
+    Attributes:
+        tokenizer: Knows the padding token; the Trainer saves it with its checkpoints.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, tokens)``."""
+        padding = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "attention_mask": 0,
+            "labels": IGNORED,
+        }
+        width = max(len(row["input_ids"]) for row in rows)
+        return {
+            key: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
+            for key, value in padding.items()
+        }
 
 
 def align_labels(word_ids: list[int | None], labels: list[int]) -> list[int]:
@@ -160,6 +210,24 @@ def _encode_answers(rows: Columns, tokenizer: PreTrainedTokenizerBase, max_lengt
         encoded["input_ids"].append(ids)
         encoded["attention_mask"].append([1] * len(ids))
         encoded["labels"].append([IGNORED] * (len(ids) - len(answer)) + answer)
+    return encoded
+
+
+def _encode_conversations(
+    rows: Columns, tokenizer: PreTrainedTokenizerBase, max_length: int, loss_on: LossOn
+) -> Columns:
+    encoded: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    targets = rows.get("target") or [[]] * len(rows["messages"])
+    for messages, target in zip(rows["messages"], targets, strict=True):
+        chat = Conversation(tokenizer, present([*messages, *target]))
+        spans = chat.learned_spans(len(messages) if target else 0, loss_on)
+        all_ids, learned = tokenize_spans(tokenizer, chat.text, spans)
+        ids = all_ids[:max_length]
+        if any(learned[1 : len(ids)]):  # nothing predicts the first token
+            labels = [i if yes else IGNORED for i, yes in zip(ids, learned, strict=False)]
+            encoded["input_ids"].append(ids)
+            encoded["attention_mask"].append([1] * len(ids))
+            encoded["labels"].append(labels)
     return encoded
 
 

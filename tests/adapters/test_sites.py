@@ -193,7 +193,7 @@ def test_an_adapted_bare_parameter_is_refused():
     base = nn.ModuleDict({"experts": nn.Linear(4, 4)})
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"])
     model = peft.get_peft_model(base, config)
-    with pytest.raises(SiteError, match=r"site 'experts' is a ParamWrapper.*target_parameters"):
+    with pytest.raises(SiteError, match=r"site 'experts' adapts the parameter.*target_parameters"):
         find_sites(model)
 
 

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 
 from rankflow.engine import RankFlow
 from rankflow.specs.budget import BudgetSpec
@@ -40,6 +41,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def word_tokenizer():
+    words = {f"w{i}": i for i in range(12)} | {"[UNK]": 12}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")), unk_token="[UNK]"
+    )
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    return tokenizer
 
 
 @pytest.fixture

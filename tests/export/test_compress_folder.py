@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import rankflow as rf
 from rankflow.adapters.base_weight import base_rows
@@ -49,6 +50,14 @@ def load(model, folder):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         return PeftModel.from_pretrained(model.unload(), folder).eval()
+
+
+def test_the_tokenizer_goes_along(saved, tmp_path, word_tokenizer):
+    _, folder = saved()
+    word_tokenizer.save_pretrained(folder)
+    compress_folder(folder, tmp_path / "small", 200, base_rows=no_base)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert loaded.chat_template == word_tokenizer.chat_template
 
 
 def edit_config(folder, **changes):

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from rankflow.cli import app
 from rankflow.errors import ExportError
 from rankflow.export.folder import export_folder
+from rankflow.export.formats import FORMATS
 from rankflow.export.inspect import CONFIG
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
@@ -77,6 +78,20 @@ def test_dora_reaches_a_server_through_its_approximation(
     effect = (logits_of(stock_base(model)) - logits_of(model)).abs().max()
     assert (logits_of(loaded) - logits_of(model)).abs().max() < 0.01 * effect
     assert read_report(folder).max_lora_rank == 16
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_tokenizer_beside_an_adapter_goes_along_with_its_chat_template(
+    name, make_adapted, tmp_path, word_tokenizer
+):
+    options = ExportOptions(tokenizer=word_tokenizer)
+    adapter = export_adapter(make_adapted(), tmp_path / "adapter", options=options)
+    folder = export_folder(adapter, tmp_path / "out", format=name)
+    for written in (adapter, folder):
+        loaded = transformers.AutoTokenizer.from_pretrained(written)
+        assert loaded.get_vocab() == word_tokenizer.get_vocab()
+        assert loaded.chat_template == word_tokenizer.chat_template
+        assert read_report(written).tokenizer
 
 
 def test_an_adapter_that_names_no_base_model_asks_for_it(make_adapted, tmp_path):

@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models
 from torch import nn
 
 from rankflow.errors import ExportError
@@ -85,23 +84,17 @@ def test_files_are_no_larger_than_asked_for(make_adapted, tmp_path, logits_of):
     assert read_report(folder).bytes == sum(file.stat().st_size for file in files)
 
 
-def make_tokenizer():
-    words = {f"w{i}": i for i in range(12)} | {"[UNK]": 12}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="[UNK]")), unk_token="[UNK]"
-    )
-
-
-def test_a_tokenizer_is_included(make_adapted, tmp_path):
-    folder = write(make_adapted(), tmp_path / "out", tokenizer=make_tokenizer())
+def test_a_tokenizer_is_included_with_its_chat_template(make_adapted, tmp_path, word_tokenizer):
+    folder = write(make_adapted(), tmp_path / "out", tokenizer=word_tokenizer)
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     assert loaded("w7")["input_ids"] == [7]
+    assert loaded.chat_template == word_tokenizer.chat_template
     assert read_report(folder).tokenizer
 
 
-def test_the_tokenizer_beside_the_base_model_is_found(make_adapted, tmp_path):
+def test_the_tokenizer_beside_the_base_model_is_found(make_adapted, tmp_path, word_tokenizer):
     model = make_adapted()
-    make_tokenizer().save_pretrained(model.peft_config["default"].base_model_name_or_path)
+    word_tokenizer.save_pretrained(model.peft_config["default"].base_model_name_or_path)
     folder = write(model, tmp_path / "out")
     assert transformers.AutoTokenizer.from_pretrained(folder)("w3")["input_ids"] == [3]
 

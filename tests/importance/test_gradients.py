@@ -1,11 +1,14 @@
 import copy
 import io
 
+import peft
 import pytest
 import torch
 from torch import nn
 
+from rankflow.adapters.sites import find_sites
 from rankflow.errors import RankFlowError
+from rankflow.importance.gradients import StepGradients
 
 
 def parameters(steered):
@@ -127,6 +130,19 @@ def test_parameters_are_watched_again_after_a_resize(steer, watch, change_ranks)
     assert gradients.unclip(1.0).item() == pytest.approx(2, rel=1e-6)
 
 
+def test_where_backward_reaches_no_probe_the_next_step_is_read_off_others():
+    """As with experts: four of nine layers are probed, and none of these gets a token."""
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
+    model = peft.get_peft_model(layers, peft.LoraConfig(r=2, target_modules=r"\d"))
+    gradients = StepGradients(find_sites(model))
+    routed = model.get_base_model()[5]
+    for expected in (1, 4):
+        model.zero_grad(set_to_none=True)
+        routed(torch.ones(4)).sum().backward()
+        routed.lora_B["default"].weight.grad *= 0.25
+        assert gradients.unclip(1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_closed_watcher_leaves_no_hook(steer, watch):
     steered = steer()
     gradients = watch(steered.sites)
@@ -139,6 +155,7 @@ def test_a_closed_watcher_leaves_no_hook(steer, watch):
     assert not hooked()
     steered.backward(0)
     assert gradients.unclip(1.0) == 1
+    assert not hooked()
 
 
 def test_a_watched_model_can_be_copied_and_pickled(steer, watch):

@@ -125,6 +125,76 @@ def test_paths_start_at_the_folder_of_the_run_file(write, tmp_path, monkeypatch)
     assert run.model.name == str(tmp_path / "base")
 
 
+CHAT = """
+[model]
+name = "someone/a-model"
+task = "causal-lm"
+chat_template = "chat.jinja"
+[data]
+train = "a.jsonl"
+messages = "messages"
+[budget]
+rank = 2
+"""
+
+
+def test_a_run_may_learn_from_messages_by_a_template_of_its_own(write, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    write("{{ messages }}", "chat.jinja")
+    run = load_run(write(CHAT), ["data.target=completion", "data.loss_on=all"])
+    assert (run.data.messages, run.data.target, run.data.loss_on) == (
+        "messages",
+        "completion",
+        "all",
+    )
+    assert run.model.chat_template == tmp_path / "chat.jinja"
+    assert json.loads(run.model_dump_json())["model"]["chat_template"].endswith("chat.jinja")
+    assert load_run(write(CHAT)).data.loss_on == "assistant"
+
+
+# Faults of overrides on a sound run with messages; its template is there.
+CHAT_FAULTS = {
+    ("data.text=prompt",): {
+        'data.text = "prompt", data.messages = "messages"': (
+            "a row is a text or a conversation; keep one of these"
+        )
+    },
+    ("model.task=seq2seq-lm", "data.target=y"): {
+        'data.messages = "messages", model.task = "seq2seq-lm"': (
+            "seq2seq-lm reads no such column; remove it"
+        )
+    },
+    ("data.loss_on=assistants",): {
+        'data.loss_on = "assistants"': ("must be 'assistant' or 'all'; did you mean 'assistant'?")
+    },
+    ('data={name="docstrings", messages="m"}',): {
+        'data.name = "docstrings", data.messages = "m"': (
+            "it has no conversations; remove messages, or name files"
+        )
+    },
+    ('data={train="a.jsonl", loss_on="all"}',): {
+        'data.loss_on = "all"': "only messages have turns; set messages too",
+        'model.chat_template = "chat.jinja", data.messages': (
+            "the template is for messages; set data.messages, or remove it"
+        ),
+    },
+    ("model.chat_template=3",): {
+        "model.chat_template = 3": "must be a file with a chat template (Jinja)"
+    },
+}
+
+
+@pytest.mark.parametrize("overrides", CHAT_FAULTS)
+def test_what_contradicts_messages_is_refused_with_its_remedy(overrides, write):
+    write("{{ messages }}", "chat.jinja")
+    assert faults_of(write(CHAT), *overrides) == CHAT_FAULTS[overrides]
+
+
+def test_a_template_that_is_not_there_is_named(write, tmp_path):
+    path = f"{tmp_path}/chat.jinja"
+    assert faults_of(write(CHAT)) == {f'model.chat_template = "{path}"': f"no such file: {path}"}
+
+
 def test_a_folder_named_like_the_built_in_model_does_not_hide_it(write, tmp_path):
     (tmp_path / "minilm").mkdir()
     assert load_run(write(CLASSIFIER)).model.name == "minilm"
@@ -256,7 +326,7 @@ ONE_FAULT = {
     ),
     "model.trust_remote_code=true": (
         "model.trust_remote_code = true",
-        "unknown key; did you mean 'attention'?",
+        "unknown key; did you mean 'chat_template'?",
     ),
     "model.attention=flash": (
         'model.attention = "flash"',

@@ -4,7 +4,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -16,6 +16,11 @@ from transformers import (
 )
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "fine", "poor", "a", "film", "##s"]
+SPECIAL = [
+    *("<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>"),
+    *("<|turn|>", "<turn>", "</turn>", "[INST]", "[/INST]"),
+]
+CORPUS = ["The film was good, and so was the play.\n\nWhat is the capital of France? Paris.\n"] * 4
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -117,3 +122,60 @@ def bart_folder(tmp_path):
         forced_eos_token_id=None,
     )
     return save_model(tmp_path / "bart", BartForConditionalGeneration(config))
+
+
+def make_chat_tokenizer(backend, special=(), alphabet=()):
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=[*SPECIAL, *special],
+        initial_alphabet=list(alphabet),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL[3:]})
+    return tokenizer
+
+
+@pytest.fixture
+def byte_level():
+    """Byte pairs, as most decoders have them: every text decodes to itself."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return make_chat_tokenizer(backend, alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+
+@pytest.fixture
+def spaces_as_letters():
+    """As Llama 2 and Mistral do it: a space begins every text, and bytes stand for rare letters."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return make_chat_tokenizer(backend, special=[f"<0x{byte:02X}>" for byte in range(256)])
+
+
+@pytest.fixture
+def chat_template():
+    return (Path(__file__).parent / "chat_templates" / "chatml.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def chat_folder(tmp_path, byte_level, chat_template):
+    """A tiny decoder whose tokenizer knows how a conversation is written."""
+    torch.manual_seed(0)
+    byte_level.chat_template = chat_template
+    config = LlamaConfig(
+        vocab_size=len(byte_level),
+        intermediate_size=32,
+        max_position_embeddings=128,
+        pad_token_id=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        **SIZES,
+    )
+    return save_model(tmp_path / "chat", LlamaForCausalLM(config), byte_level)

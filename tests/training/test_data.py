@@ -231,7 +231,7 @@ def hub(monkeypatch):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
     rows = {"text": ["a", "b", "c"], "label": [0, 1, 1]}
     splits = DatasetDict({"train": Dataset.from_dict(rows, features=features)})
-    monkeypatch.setattr(sources, "load_dataset", lambda name, config: splits)
+    monkeypatch.setattr(sources, "load_dataset", lambda name, config, streaming: splits)
     return splits
 
 
@@ -254,7 +254,7 @@ def test_a_data_set_without_training_rows_is_refused_with_what_it_has(hub):
 
 
 def test_an_unreachable_hub_data_set_is_refused_with_the_alternatives(monkeypatch):
-    def offline(name, config):
+    def offline(name, config, streaming):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(sources, "load_dataset", offline)

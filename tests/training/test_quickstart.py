@@ -9,7 +9,7 @@ from transformers import AutoModelForTokenClassification
 
 from rankflow.specs.run import load_run
 from rankflow.training import docstrings
-from rankflow.training.models import locate
+from rankflow.training.locating import locate
 from rankflow.training.run import train
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "run.toml"

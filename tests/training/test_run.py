@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from rankflow.errors import BudgetError, SpecError
+from rankflow.export.folder import export_folder
 from rankflow.report.events import read_events
 from rankflow.specs.run import load_run
 from rankflow.training.pooling import pool
@@ -277,3 +278,59 @@ def test_micro_batches_make_the_same_step_as_the_whole_batch(run, sentiment_rows
         )
         losses.append(result.metrics["nll"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What was good?"},
+    {"role": "assistant", "content": "The film."},
+]
+MESSAGES, ROOM = 'messages = "messages"', "data.max_length=64"
+SHOUTING = "{% for m in messages %}{{ m.role + '! ' + m.content + eos_token }}{% endfor %}"
+
+
+def test_a_conversation_is_judged_on_the_assistants_turns_alone(run, chat_folder):
+    rows = [{"messages": CHAT}] * 8
+    result, printed = run(chat_folder, "causal-lm", rows, data_keys=MESSAGES, overrides=[ROOM])
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    prompt = tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True, return_dict=False)
+    answer = tokenizer("The film.<|im_end|>")["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(chat_folder)
+    model = PeftModel.from_pretrained(base, result.adapter).eval()
+    with torch.no_grad():
+        scores = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(1)
+    expected = -scores[len(prompt) - 1 : -1][range(len(answer)), answer].mean().item()
+    assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert result.metrics["loss"] < result.baseline["loss"] - 0.1
+    length = len(prompt) + len(answer) + 1  # a line break ends a turn of ChatML
+    assert f"{len(answer) / length:.1%} of them are learned" in printed
+
+
+def test_rows_of_which_nothing_is_left_to_learn_are_dropped_and_told(run, chat_folder):
+    long = [CHAT[1] | {"content": "What was good? " * 40}, CHAT[2]]
+    rows = [{"messages": CHAT}] * 7 + [{"messages": long}] * 3
+    overrides = [ROOM, "data.validation_fraction=0"]
+    _, printed = run(chat_folder, "causal-lm", rows, data_keys=MESSAGES, overrides=overrides)
+    assert "3 train rows are dropped: what they have to learn begins behind max_length = 64" in (
+        " ".join(printed.split())
+    )
+
+
+def test_the_chat_template_of_a_run_is_saved_with_its_adapter_and_its_merged_model(
+    run, chat_folder, tmp_path
+):
+    (tmp_path / "shout.jinja").write_text(SHOUTING)
+    overrides = [
+        ROOM,
+        "model.chat_template=shout.jinja",
+        *("train.save_strategy=steps", "train.save_steps=6"),
+    ]
+    rows = [{"messages": CHAT[:2], "target": CHAT[2:]}] * 8
+    keys = f'{MESSAGES}\ntarget = "target"'
+    result, _ = run(chat_folder, "causal-lm", rows, data_keys=keys, overrides=overrides)
+    copied = export_folder(result.folder, tmp_path / "copied")
+    merged = export_folder(copied, tmp_path / "merged", format="merged")
+    for folder in (result.adapter, result.folder / "checkpoint-6", copied, merged):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.chat_template == SHOUTING
+        assert tokenizer.padding_side == AutoTokenizer.from_pretrained(chat_folder).padding_side

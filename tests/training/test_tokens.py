@@ -1,6 +1,6 @@
 import pytest
 from datasets import Dataset, DatasetDict
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from rankflow.errors import RankFlowError
@@ -159,6 +159,13 @@ def test_targets_of_pairs_are_labels(tokenizer):
     rows = encode([{"text": "good", "target": "a film"}], tokenizer, "seq2seq-lm")
     assert rows["input_ids"][:] == [[CLS, GOOD, SEP]]
     assert rows["labels"][:] == [[CLS, A, FILM, SEP]]
+
+
+def test_a_tokenizer_cuts_no_texts_once_it_is_saved(tokenizer, tmp_path):
+    encode([{"text": "good " * 40, "label": 0}], tokenizer, "sequence-classification", 5)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    assert len(saved.encode("good " * 40).ids) == 42
 
 
 @pytest.mark.parametrize(
