@@ -3,8 +3,11 @@
 Only light modules are imported up here, so that ``rankflow --help`` answers at once.
 """
 
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
@@ -14,6 +17,9 @@ from typer.core import TyperGroup
 
 from rankflow.errors import RankFlowError, SpecError
 from rankflow.records import RankEvent
+
+if TYPE_CHECKING:
+    from rankflow.export.inspect import AdapterSummary
 
 EVENTS: Final = "events.jsonl"
 LAST_EVENTS: Final = 10
@@ -49,6 +55,9 @@ RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="A run spec.")
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override, as in budget.rank=2; repeatable."),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON on stdout, and text for people on stderr.")
 ]
 
 
@@ -107,14 +116,14 @@ def init(
 
 
 @app.command()
-def train(run: RunFile, overrides: Overrides = None) -> None:
+def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train an adapter as a run spec says, and export it."""
     from rankflow.specs.run import load_run
 
     spec = load_run(run, overrides or ())  # its faults show before the slow import below
     from rankflow.training.run import train as train_run
 
-    train_run(spec, console=Console())
+    _answer(lambda: train_run(spec, console=Console()), as_json)
 
 
 @app.command()
@@ -124,6 +133,7 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Also train for two steps, to measure their memory.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Show sites, costs, budgets, events and memory of a run, without training."""
     from rankflow.specs.run import load_run
@@ -131,32 +141,40 @@ def plan(
     spec = load_run(run, overrides or ())
     from rankflow.training.plan import plan_run
 
-    plan_run(spec, console=Console(), measure=measure)
+    _answer(lambda: plan_run(spec, console=Console(), measure=measure), as_json)
 
 
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run or an adapter.")],
     png: Annotated[Path | None, typer.Option(help="Write the heatmap to this file.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Show the ranks of a run or of an adapter."""
     from rankflow.export.inspect import CONFIG
 
-    console = Console()
-    if (path / CONFIG).is_file():
-        ranks, magnitudes = _show_adapter(console, path), None
-    elif (path / EVENTS).is_file():
-        last = _show_run(console, path)
-        ranks, magnitudes = last.ranks, last.magnitudes
-    else:
-        raise RankFlowError(
-            f"{path} holds neither {CONFIG} nor {EVENTS}; name the folder of an adapter or a run"
-        )
-    if png is not None:
-        from rankflow.report.heatmap import rank_heatmap
+    def show() -> object:
+        console = Console()
+        found: AdapterSummary | dict[str, list[RankEvent]]
+        if (path / CONFIG).is_file():
+            found = _show_adapter(console, path)
+            ranks, magnitudes = found.ranks, None
+        elif (path / EVENTS).is_file():
+            found = {"events": _show_run(console, path)}
+            ranks, magnitudes = found["events"][-1].ranks, found["events"][-1].magnitudes
+        else:
+            raise RankFlowError(
+                f"{path} holds neither {CONFIG} nor {EVENTS}; name the folder of an adapter or a "
+                "run"
+            )
+        if png is not None:
+            from rankflow.report.heatmap import rank_heatmap
 
-        rank_heatmap(ranks, title=f"Ranks of {path}", magnitudes=magnitudes).savefig(png)
-        console.print(f"\nHeatmap written to {png}", soft_wrap=True)
+            rank_heatmap(ranks, title=f"Ranks of {path}", magnitudes=magnitudes).savefig(png)
+            console.print(f"\nHeatmap written to {png}", soft_wrap=True)
+        return found
+
+    _answer(show, as_json)
 
 
 @app.command()
@@ -181,6 +199,7 @@ def export(
         float | None,
         typer.Option(help="lora-svd: largest relative error of the change, 0.01 by default."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the adapter of a run or of a checkpoint for other programs, checked by their loader."""
     from rankflow.export.formats import find_format
@@ -194,11 +213,15 @@ def export(
     from rankflow.export.folder import export_folder
     from rankflow.export.report import read_report, tell
 
-    folder = export_folder(source, output, format=format, base_model=base, options=options)
-    console = Console()
-    console.print(f"{folder} holds {chosen.writes}", soft_wrap=True)
-    for line in tell(read_report(folder)):
-        console.print(f"  {line}", soft_wrap=True, highlight=False)
+    def write() -> object:
+        folder = export_folder(source, output, format=format, base_model=base, options=options)
+        console, written = Console(), read_report(folder)
+        console.print(f"{folder} holds {chosen.writes}", soft_wrap=True)
+        for line in tell(written):
+            console.print(f"  {line}", soft_wrap=True, highlight=False)
+        return written
+
+    _answer(write, as_json)
 
 
 @app.command()
@@ -226,6 +249,7 @@ def compress(
     ranks: Annotated[
         Path | None, typer.Option(help="Write the ranks to this TOML file, a budget for a new run.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Compress any LoRA or DoRA adapter to a budget, or to an error."""
     from rankflow.export.command import find_source, parse_budget, run_compress
@@ -236,15 +260,18 @@ def compress(
 
     source = find_source(adapter)
     named = inspect_adapter(source).base_model if base is None else base
-    run_compress(
-        source,
-        output,
-        request,
-        error=error,
-        base_rows=lambda sites: read_base_rows(named, sites),
-        png=png,
-        ranks=ranks,
-        console=Console(),
+    _answer(
+        lambda: run_compress(
+            source,
+            output,
+            request,
+            error=error,
+            base_rows=lambda sites: read_base_rows(named, sites),
+            png=png,
+            ranks=ranks,
+            console=Console(),
+        ),
+        as_json,
     )
 
 
@@ -259,6 +286,7 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny models: shows that it runs, not what it costs.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the fast DoRA forward against PEFT's LoRA and DoRA."""
     from rankflow.bench.cases import choose_cases
@@ -266,7 +294,10 @@ def bench(
     chosen = choose_cases(cases or (), dtype=dtype, tiny=quick)
     from rankflow.bench.run import run_bench
 
-    run_bench(chosen, console=Console(), device=device, rounds=rounds)
+    def measure() -> object:
+        return {"measurements": run_bench(chosen, console=Console(), device=device, rounds=rounds)}
+
+    _answer(measure, as_json)
 
 
 @app.command()
@@ -302,6 +333,7 @@ def ablate(
         bool, typer.Option("--report-only", help="Run nothing, report what there is.")
     ] = False,
     methods: Annotated[bool, typer.Option("--list", help="List the methods.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare methods at equal parameters, as an ablation spec says."""
     if methods:
@@ -319,16 +351,20 @@ def ablate(
     from rankflow.ablation.run import Ablation
     from rankflow.ablation.store import Store
 
-    console = Console()
     ablation = Ablation(loaded, Store(out), only)
     ablation.load(retry=retry)
     folder = report or Path("ablations" if "://" in out else out) / loaded.name
-    if dry_run:
-        print_plan(ablation, console)
-    elif report_only:
-        tell(ablation, console, report=folder)
-    else:
-        run(ablation, console, report=folder, executor=executor, workers=workers, threads=threads)
+
+    def work() -> object:
+        console = Console()
+        if dry_run:
+            return print_plan(ablation, console)
+        if report_only:
+            return tell(ablation, console, report=folder)
+        pace = {"workers": workers, "threads": threads}
+        return run(ablation, console, report=folder, executor=executor, **pace)
+
+    _answer(work, as_json)
 
 
 @app.command()
@@ -357,13 +393,16 @@ def analyze(
 
 
 @budgets.command("list")
-def list_presets() -> None:
+def list_presets(as_json: Json = False) -> None:
     """List the presets."""
     from rankflow.specs.budget import list_budgets, load_budget
 
+    presets = {name: load_budget(name) for name in list_budgets()}
+    if as_json:
+        _print_json(presets)
+        return
     table = Table("preset", "score", "policy", "what it does", box=None, pad_edge=False)
-    for name in list_budgets():
-        spec = load_budget(name)
+    for name, spec in presets.items():
         table.add_row(name, spec.score, spec.policy, spec.description)
     Console().print(table)
 
@@ -371,15 +410,34 @@ def list_presets() -> None:
 @budgets.command("show")
 def show_preset(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A preset, or a TOML file.")],
+    as_json: Json = False,
 ) -> None:
     """Print a budget's file, to read or to start your own from."""
     from rankflow.specs.budget import find_budget, load_budget
 
-    load_budget(name)
+    spec = load_budget(name)
+    if as_json:
+        _print_json(spec)
+        return
     typer.echo(find_budget(name).read_text(encoding="utf-8"), nl=False)
 
 
-def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
+def _answer(command: Callable[[], object], as_json: bool) -> None:
+    """Run a command; a script gets its record on stdout, and people's text goes to stderr then."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        record = command()
+    if as_json:
+        _print_json(record)
+
+
+def _print_json(record: object) -> None:
+    """Print a record on stdout; what is no finite number becomes null."""
+    from pydantic_core import to_json
+
+    typer.echo(to_json(record, indent=2, inf_nan_mode="null").decode())
+
+
+def _show_adapter(console: Console, folder: Path) -> "AdapterSummary":
     from rankflow.export.card import tell_storage
     from rankflow.export.inspect import inspect_adapter
     from rankflow.report.terminal import rank_table
@@ -409,10 +467,10 @@ def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
     if unequal:
         names = ", ".join(f"{s.name} ({s.rank}, not {s.config_rank})" for s in unequal)
         console.print(Text(f"PEFT cannot load it: other ranks than its config at {names}", "red"))
-    return summary.ranks
+    return summary
 
 
-def _show_run(console: Console, folder: Path) -> RankEvent:
+def _show_run(console: Console, folder: Path) -> list[RankEvent]:
     from rankflow.report.events import read_events
     from rankflow.report.terminal import rank_table
 
@@ -435,7 +493,7 @@ def _show_run(console: Console, folder: Path) -> RankEvent:
     console.print(
         Text("\n"), rank_table(last.ranks, magnitudes=last.magnitudes, width=console.width), sep=""
     )
-    return last
+    return events
 
 
 def _new_table(first: str, *others: str) -> Table:

@@ -1,4 +1,5 @@
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from torch import nn
 from transformers import BertForTokenClassification, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
+from rankflow.cli import app
 from rankflow.errors import BudgetError
 from rankflow.specs.run import load_run
 from rankflow.training.plan import count_steps, plan_run
@@ -127,6 +130,17 @@ def test_a_measured_plan_compares_the_estimate_with_real_steps(run_file):
     share = memory.estimate.peak / memory.measured.peak - 1
     assert f"{abs(share):.1%} {'above' if share >= 0 else 'below'}" in printed
     assert f"measured    {decimal(memory.measured.peak)}" in printed
+
+
+def test_a_plan_is_given_to_a_script(run_file):
+    result = CliRunner().invoke(app, ["plan", str(run_file), "--json"])
+    found = json.loads(result.stdout)
+    assert (found["target"], found["steps"]) == (found["events"][-1]["budget"], 20)
+    assert found["events"][0]["step"] > 0
+    assert found["sites"][0]["name"] == "bert.encoder.layer.0.attention.self.query"
+    assert found["memory"]["estimate"]["peak"] > found["memory"]["estimate"]["weights"] > 0
+    assert found["memory"]["measured"] is None
+    assert "at the peak of a step" in result.stderr
 
 
 def test_a_model_that_needs_numbers_has_a_plan_all_the_same(run_file, monkeypatch):
