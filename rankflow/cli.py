@@ -4,7 +4,7 @@ Only light modules are imported up here, so that ``rankflow --help`` answers at 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -45,7 +45,6 @@ app = typer.Typer(
     cls=CleanErrors,
     name="rankflow",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 budgets = typer.Typer(no_args_is_help=True, help="The budgets that come with RankFlow.")
@@ -59,6 +58,37 @@ Overrides = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on stdout, and text for people on stderr.")
 ]
+
+
+def _completer(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return what a shell asks for the values of an option, as far as one is typed.
+
+    Args:
+        values: All of them; called when a shell asks, so that nothing is imported before.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values() if value.startswith(incomplete)]
+
+    return complete
+
+
+def _presets() -> Iterable[str]:
+    from rankflow.specs.budget import list_budgets
+
+    return list_budgets()
+
+
+def _formats() -> Iterable[str]:
+    from rankflow.export.formats import FORMATS
+
+    return FORMATS
+
+
+def _cases() -> Iterable[str]:
+    from rankflow.bench.cases import CASES
+
+    return [case.name for case in CASES]
 
 
 @app.callback()
@@ -86,7 +116,10 @@ def init(
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a chat template, if the model has none.")
     ] = None,
-    budget: Annotated[str, typer.Option(help="A preset, or a TOML file.")] = "hybrid",
+    budget: Annotated[
+        str,
+        typer.Option(help="A preset, or a TOML file.", autocompletion=_completer(_presets)),
+    ] = "hybrid",
     rank: Annotated[float, typer.Option(help="The budget as a rank of plain LoRA.")] = 8,
     output: Annotated[Path, typer.Option(help="The run spec to write.")] = Path("run.toml"),
 ) -> None:
@@ -182,7 +215,11 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run or a checkpoint.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     format: Annotated[
-        str, typer.Option(help="peft, peft-uniform (vLLM and the like), merged, or lora-svd.")
+        str,
+        typer.Option(
+            help="peft, peft-uniform (vLLM and the like), merged, or lora-svd.",
+            autocompletion=_completer(_formats),
+        ),
     ] = "peft",
     base: Annotated[
         str | None,
@@ -229,7 +266,12 @@ def compress(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or a hub id.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     budget: Annotated[
-        str | None, typer.Option(metavar="BUDGET", help="Parameters, a preset, or a TOML file.")
+        str | None,
+        typer.Option(
+            metavar="BUDGET",
+            help="Parameters, a preset, or a TOML file.",
+            autocompletion=_completer(_presets),
+        ),
     ] = None,
     rank: Annotated[
         float | None, typer.Option(help="As many parameters as plain LoRA of this rank has.")
@@ -278,7 +320,13 @@ def compress(
 @app.command()
 def bench(
     cases: Annotated[
-        list[str] | None, typer.Option("--case", metavar="NAME", help="Only this one; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--case",
+            metavar="NAME",
+            help="Only this one; repeatable.",
+            autocompletion=_completer(_cases),
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Only cases of this type.")] = None,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
@@ -409,7 +457,14 @@ def list_presets(as_json: Json = False) -> None:
 
 @budgets.command("show")
 def show_preset(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A preset, or a TOML file.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A preset, or a TOML file.",
+            autocompletion=_completer(_presets),
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Print a budget's file, to read or to start your own from."""
