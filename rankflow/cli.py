@@ -3,8 +3,11 @@
 Only light modules are imported up here, so that ``rankflow --help`` answers at once.
 """
 
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console
@@ -14,6 +17,9 @@ from typer.core import TyperGroup
 
 from rankflow.errors import RankFlowError, SpecError
 from rankflow.records import RankEvent
+
+if TYPE_CHECKING:
+    from rankflow.export.inspect import AdapterSummary
 
 LAST_EVENTS: Final = 10
 
@@ -38,7 +44,6 @@ app = typer.Typer(
     cls=CleanErrors,
     name="rankflow",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 budgets = typer.Typer(no_args_is_help=True, help="The budgets that come with RankFlow.")
@@ -49,6 +54,40 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override, as in budget.rank=2; repeatable."),
 ]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON on stdout, and text for people on stderr.")
+]
+
+
+def _completer(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Return what a shell asks for the values of an option, as far as one is typed.
+
+    Args:
+        values: All of them; called when a shell asks, so that nothing is imported before.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values() if value.startswith(incomplete)]
+
+    return complete
+
+
+def _presets() -> Iterable[str]:
+    from rankflow.specs.budget import list_budgets
+
+    return list_budgets()
+
+
+def _formats() -> Iterable[str]:
+    from rankflow.export.formats import FORMATS
+
+    return FORMATS
+
+
+def _cases() -> Iterable[str]:
+    from rankflow.bench.cases import CASES
+
+    return [case.name for case in CASES]
 
 
 @app.callback()
@@ -76,7 +115,10 @@ def init(
     chat_template: Annotated[
         Path | None, typer.Option(help="File with a chat template, if the model has none.")
     ] = None,
-    budget: Annotated[str, typer.Option(help="A preset, or a TOML file.")] = "hybrid",
+    budget: Annotated[
+        str,
+        typer.Option(help="A preset, or a TOML file.", autocompletion=_completer(_presets)),
+    ] = "hybrid",
     rank: Annotated[float, typer.Option(help="The budget as a rank of plain LoRA.")] = 8,
     output: Annotated[Path, typer.Option(help="The run spec to write.")] = Path("run.toml"),
 ) -> None:
@@ -106,25 +148,32 @@ def init(
 
 
 @app.command()
-def train(run: RunFile, overrides: Overrides = None) -> None:
+def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train an adapter as a run spec says, and export it."""
     from rankflow.specs.run import load_run
 
     spec = load_run(run, overrides or ())  # its faults show before the slow import below
     from rankflow.training.run import train as train_run
 
-    train_run(spec, console=Console())
+    _answer(lambda: train_run(spec, console=Console()), as_json)
 
 
 @app.command()
-def plan(run: RunFile, overrides: Overrides = None) -> None:
-    """Show sites, costs, budgets and events of a run, without training."""
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also train for two steps, to measure their memory.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show sites, costs, budgets, events and memory of a run, without training."""
     from rankflow.specs.run import load_run
 
     spec = load_run(run, overrides or ())
     from rankflow.training.plan import plan_run
 
-    plan_run(spec, console=Console())
+    _answer(lambda: plan_run(spec, console=Console(), measure=measure), as_json)
 
 
 @app.command()
@@ -137,6 +186,7 @@ def inspect(
         typer.Option(metavar="A B", help="Two runs or adapters, whose ranks are compared."),
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Write the heatmap to this file.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Show the ranks of a run or of an adapter, or how those of two differ."""
     if diff is not None and path is None:
@@ -149,22 +199,28 @@ def inspect(
     from rankflow.export.inspect import CONFIG
     from rankflow.report.events import EVENTS_FILE
 
-    console = Console()
-    if (path / CONFIG).is_file():
-        ranks, magnitudes = _show_adapter(console, path), None
-    elif (path / EVENTS_FILE).is_file():
-        last = _show_run(console, path)
-        ranks, magnitudes = last.ranks, last.magnitudes
-    else:
-        raise RankFlowError(
-            f"{path} holds neither {CONFIG} nor {EVENTS_FILE}; name the folder of an adapter or a "
-            "run"
-        )
-    if png is not None:
-        from rankflow.report.heatmap import rank_heatmap
+    def show() -> object:
+        console = Console()
+        found: AdapterSummary | dict[str, list[RankEvent]]
+        if (path / CONFIG).is_file():
+            found = _show_adapter(console, path)
+            ranks, magnitudes = found.ranks, None
+        elif (path / EVENTS_FILE).is_file():
+            found = {"events": _show_run(console, path)}
+            ranks, magnitudes = found["events"][-1].ranks, found["events"][-1].magnitudes
+        else:
+            raise RankFlowError(
+                f"{path} holds neither {CONFIG} nor {EVENTS_FILE}; name the folder of an adapter "
+                "or a run"
+            )
+        if png is not None:
+            from rankflow.report.heatmap import rank_heatmap
 
-        rank_heatmap(ranks, title=f"Ranks of {path}", magnitudes=magnitudes).savefig(png)
-        console.print(f"\nHeatmap written to {png}", soft_wrap=True)
+            rank_heatmap(ranks, title=f"Ranks of {path}", magnitudes=magnitudes).savefig(png)
+            console.print(f"\nHeatmap written to {png}", soft_wrap=True)
+        return found
+
+    _answer(show, as_json)
 
 
 @app.command()
@@ -191,7 +247,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="peft, peft-uniform (vLLM and the like), diffusers, merged, or lora-svd."
+            help="peft, peft-uniform (vLLM and the like), diffusers, merged, or lora-svd.",
+            autocompletion=_completer(_formats),
         ),
     ] = "peft",
     base: Annotated[
@@ -209,6 +266,7 @@ def export(
         float | None,
         typer.Option(help="lora-svd: largest relative error of the change, 0.01 by default."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the adapter of a run or of a checkpoint for other programs, checked by their loader."""
     from rankflow.export.formats import find_format
@@ -222,11 +280,15 @@ def export(
     from rankflow.export.folder import export_folder
     from rankflow.export.report import read_report, tell
 
-    folder = export_folder(source, output, format=format, base_model=base, options=options)
-    console = Console()
-    console.print(f"{folder} holds {chosen.writes}", soft_wrap=True)
-    for line in tell(read_report(folder)):
-        console.print(f"  {line}", soft_wrap=True, highlight=False)
+    def write() -> object:
+        folder = export_folder(source, output, format=format, base_model=base, options=options)
+        console, written = Console(), read_report(folder)
+        console.print(f"{folder} holds {chosen.writes}", soft_wrap=True)
+        for line in tell(written):
+            console.print(f"  {line}", soft_wrap=True, highlight=False)
+        return written
+
+    _answer(write, as_json)
 
 
 @app.command()
@@ -234,7 +296,12 @@ def compress(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or a hub id.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     budget: Annotated[
-        str | None, typer.Option(metavar="BUDGET", help="Parameters, a preset, or a TOML file.")
+        str | None,
+        typer.Option(
+            metavar="BUDGET",
+            help="Parameters, a preset, or a TOML file.",
+            autocompletion=_completer(_presets),
+        ),
     ] = None,
     rank: Annotated[
         float | None, typer.Option(help="As many parameters as plain LoRA of this rank has.")
@@ -262,28 +329,38 @@ def compress(
     ranks: Annotated[
         Path | None, typer.Option(help="Write the ranks to this TOML file, a budget for a new run.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Compress any LoRA or DoRA adapter to a budget, or to an error."""
     from rankflow.export.command import find_source, parse_budget, run_compress
 
     request = parse_budget(budget, rank, params, error)
     source = find_source(adapter)
-    run_compress(
-        source,
-        output,
-        request,
-        error=error,
-        base=_read_base(source, base, run),
-        png=png,
-        ranks=ranks,
-        console=Console(),
+    _answer(
+        lambda: run_compress(
+            source,
+            output,
+            request,
+            error=error,
+            base=_read_base(source, base, run),
+            png=png,
+            ranks=ranks,
+            console=Console(),
+        ),
+        as_json,
     )
 
 
 @app.command()
 def bench(
     cases: Annotated[
-        list[str] | None, typer.Option("--case", metavar="NAME", help="Only this one; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--case",
+            metavar="NAME",
+            help="Only this one; repeatable.",
+            autocompletion=_completer(_cases),
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Only cases of this type.")] = None,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
@@ -291,6 +368,7 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny models: shows that it runs, not what it costs.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the fast DoRA forward against PEFT's LoRA and DoRA."""
     from rankflow.bench.cases import choose_cases
@@ -298,7 +376,10 @@ def bench(
     chosen = choose_cases(cases or (), dtype=dtype, tiny=quick)
     from rankflow.bench.run import run_bench
 
-    run_bench(chosen, console=Console(), device=device, rounds=rounds)
+    def measure() -> object:
+        return {"measurements": run_bench(chosen, console=Console(), device=device, rounds=rounds)}
+
+    _answer(measure, as_json)
 
 
 @app.command()
@@ -334,6 +415,7 @@ def ablate(
         bool, typer.Option("--report-only", help="Run nothing, report what there is.")
     ] = False,
     methods: Annotated[bool, typer.Option("--list", help="List the methods.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare methods at equal parameters, as an ablation spec says."""
     if methods:
@@ -351,16 +433,20 @@ def ablate(
     from rankflow.ablation.run import Ablation
     from rankflow.ablation.store import Store
 
-    console = Console()
     ablation = Ablation(loaded, Store(out), only)
     ablation.load(retry=retry)
     folder = report or Path("ablations" if "://" in out else out) / loaded.name
-    if dry_run:
-        print_plan(ablation, console)
-    elif report_only:
-        tell(ablation, console, report=folder)
-    else:
-        run(ablation, console, report=folder, executor=executor, workers=workers, threads=threads)
+
+    def work() -> object:
+        console = Console()
+        if dry_run:
+            return print_plan(ablation, console)
+        if report_only:
+            return tell(ablation, console, report=folder)
+        pace = {"workers": workers, "threads": threads}
+        return run(ablation, console, report=folder, executor=executor, **pace)
+
+    _answer(work, as_json)
 
 
 @app.command()
@@ -389,25 +475,39 @@ def analyze(
 
 
 @budgets.command("list")
-def list_presets() -> None:
+def list_presets(as_json: Json = False) -> None:
     """List the presets."""
     from rankflow.specs.budget import list_budgets, load_budget
 
+    presets = {name: load_budget(name) for name in list_budgets()}
+    if as_json:
+        _print_json(presets)
+        return
     table = Table("preset", "score", "policy", "what it does", box=None, pad_edge=False)
-    for name in list_budgets():
-        spec = load_budget(name)
+    for name, spec in presets.items():
         table.add_row(name, spec.score, spec.policy, spec.description)
     Console().print(table)
 
 
 @budgets.command("show")
 def show_preset(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A preset, or a TOML file.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A preset, or a TOML file.",
+            autocompletion=_completer(_presets),
+        ),
+    ],
+    as_json: Json = False,
 ) -> None:
     """Print a budget's file, to read or to start your own from."""
     from rankflow.specs.budget import find_budget, load_budget
 
-    load_budget(name)
+    spec = load_budget(name)
+    if as_json:
+        _print_json(spec)
+        return
     typer.echo(find_budget(name).read_text(encoding="utf-8"), nl=False)
 
 
@@ -426,7 +526,22 @@ def _read_base(adapter: Path, base: str | None, run: Path | None) -> Any:
     return read_by_run(spec, adapter)
 
 
-def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
+def _answer(command: Callable[[], object], as_json: bool) -> None:
+    """Run a command; a script gets its record on stdout, and people's text goes to stderr then."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        record = command()
+    if as_json:
+        _print_json(record)
+
+
+def _print_json(record: object) -> None:
+    """Print a record on stdout; what is no finite number becomes null."""
+    from pydantic_core import to_json
+
+    typer.echo(to_json(record, indent=2, inf_nan_mode="null").decode())
+
+
+def _show_adapter(console: Console, folder: Path) -> "AdapterSummary":
     from rankflow.export.card import tell_storage
     from rankflow.export.inspect import inspect_adapter
     from rankflow.report.terminal import rank_table
@@ -456,10 +571,10 @@ def _show_adapter(console: Console, folder: Path) -> dict[str, int]:
     if unequal:
         names = ", ".join(f"{s.name} ({s.rank}, not {s.config_rank})" for s in unequal)
         console.print(Text(f"PEFT cannot load it: other ranks than its config at {names}", "red"))
-    return summary.ranks
+    return summary
 
 
-def _show_run(console: Console, folder: Path) -> RankEvent:
+def _show_run(console: Console, folder: Path) -> list[RankEvent]:
     from rankflow.report.events import read_run
     from rankflow.report.terminal import rank_table
 
@@ -480,7 +595,7 @@ def _show_run(console: Console, folder: Path) -> RankEvent:
     console.print(
         Text("\n"), rank_table(last.ranks, magnitudes=last.magnitudes, width=console.width), sep=""
     )
-    return last
+    return events
 
 
 def _new_table(first: str, *others: str) -> Table:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_a_run_is_loaded_with_its_overrides_and_handed_on(
 ):
     seen = []
 
-    def receive(run, *, console):
+    def receive(run, *, console, **_):
         seen.append(run)
         console.print("done")
 
@@ -207,6 +208,56 @@ def test_the_heatmap_is_written_on_request(folder, request, tmp_path):
     assert file.read_bytes().startswith(PNG_SIGNATURE)
 
 
+def read_json(result):
+    """What a script would read, which is all of stdout."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_an_adapter_is_inspected_by_a_script(adapter):
+    result = run_command("inspect", adapter, "--json")
+    found = read_json(result)
+    assert [(site["name"], site["rank"]) for site in found["sites"]] == [
+        ("layers.0.q", 3),
+        ("layers.0.v", 1),
+        ("layers.1.q", 2),
+    ]
+    assert (found["other_parameters"], found["trained_parameters"]) == (0, None)
+    assert "3 sites, 72 parameters" in result.stderr
+
+
+def test_all_events_of_a_run_are_given_to_a_script(run_folder):
+    events = read_json(run_command("inspect", run_folder, "--json"))["events"]
+    assert [event["index"] for event in events] == list(range(12))
+    assert events[-1]["ranks"] == {"layers.0.q": 4, "layers.1.q": 11}
+    assert events[-1]["pruned"][0]["site"] == "layers.0.q"
+
+
+def test_budgets_are_given_to_a_script():
+    presets = read_json(run_command("budgets", "list", "--json"))
+    assert list(presets) == list(list_budgets())
+    assert presets["adalora"] == read_json(run_command("budgets", "show", "adalora", "--json"))
+    assert presets["adalora"] == load_budget("adalora").model_dump(mode="json")
+
+
+def test_what_libraries_print_does_not_reach_a_script(run_file, monkeypatch):
+    def receive(run, *, console):
+        print("a library speaks")
+        console.print("done")
+        return {"loss": float("nan"), "folder": Path("out")}
+
+    monkeypatch.setitem(sys.modules, "rankflow.training.run", SimpleNamespace(train=receive))
+    result = run_command("train", run_file, "--json")
+    assert read_json(result) == {"loss": None, "folder": "out"}
+    assert result.stderr == "a library speaks\ndone\n"
+
+
+def test_an_error_leaves_stdout_empty_for_a_script(tmp_path):
+    result = run_command("inspect", tmp_path, "--json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+
+
 def test_a_folder_that_is_neither_run_nor_adapter_is_refused(tmp_path):
     result = run_command("inspect", tmp_path)
     assert result.exit_code == 2
@@ -306,6 +357,16 @@ def test_compress_writes_an_adapter_a_curve_and_a_budget(trained_adapter, tmp_pa
 def test_compress_takes_its_budget_in_several_ways(target, trained_adapter, tmp_path):
     result = run_command("compress", trained_adapter, *target, "--output", tmp_path / "small")
     assert "36 of 72 parameters" in result.output, result.output
+
+
+def test_a_compression_is_given_to_a_script(trained_adapter, tmp_path):
+    result = run_command(
+        "compress", trained_adapter, "--params", 40, "--output", tmp_path / "s", "--json"
+    )
+    found = read_json(result)
+    assert (found["parameters"], found["parameters_before"]) == (36, 72)
+    assert found["curve"][-1]["parameters"] == 72
+    assert "36 of 72 parameters" in result.stderr
 
 
 def test_compress_finds_the_smallest_adapter_for_an_error(trained_adapter, tmp_path):

@@ -12,8 +12,8 @@ from torch import nn
 from rankflow.adapters.dora import accelerate_dora
 from rankflow.bench.cases import Case
 from rankflow.bench.clock import seconds
-from rankflow.bench.memory import peak_bytes
 from rankflow.bench.models import build
+from rankflow.memory import peak_bytes
 
 
 class Method(Enum):

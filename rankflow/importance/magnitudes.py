@@ -168,7 +168,8 @@ class SensitivityOfMagnitude:
     def __init__(self, sites: Sequence[Site], decay: float) -> None:
         self._decay = decay
         self._moves = _Moves(sites)
-        self._averages = self._moves.moves().new_zeros((2, int(self._moves.lengths.sum())))
+        entries = self._moves.moves()
+        self._averages = entries.new_zeros((2, len(entries)))
 
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Fold in one step's gradients, if ``accept``."""

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from rankflow.checkpoint import load_state, save_state
 from rankflow.engine import RankFlow
 from rankflow.errors import CheckpointError, RankFlowError
+from rankflow.integrations.reporters import Reporters
 from rankflow.records import RankEvent
 from rankflow.report.events import EVENTS_FILE, EventLog
 from rankflow.report.tensorboard import TensorBoardSink
@@ -41,7 +42,8 @@ class RankFlowCallback(TrainerCallback):
         budget: The budget, from ``load_budget``.
         adapter_name: The adapter to steer.
         sinks: Called with every event; None writes ``events.jsonl`` into the output folder, and
-            scalars and heatmaps beside it if the Trainer reports to TensorBoard.
+            scalars and heatmaps beside it if the Trainer reports to TensorBoard. See also
+            ``log_to``.
         follows_loads: Whether the Trainer brings the model to a checkpoint's ranks before it loads
             the weights, as ``RankFlowTrainer`` does.
 
@@ -61,6 +63,7 @@ class RankFlowCallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.flow: RankFlow | None = None
         self._sinks = sinks
+        self._trainer: Trainer | None = None
         self._follows_loads = follows_loads
         self._guard: RemovableHandle | None = None
 
@@ -74,6 +77,17 @@ class RankFlowCallback(TrainerCallback):
         """
         self.flow = RankFlow(model, self.budget, total_steps, self.adapter_name, resume=resume)
         return self.flow
+
+    def log_to(self, trainer: Trainer) -> None:
+        """Show the numbers of every event to all that a Trainer reports to, such as W&B or MLflow.
+
+        A callback does not know its Trainer, so call it once before training; ``RankFlowTrainer``
+        does so itself. Sinks of your own take the place of this too.
+
+        Args:
+            trainer: The Trainer that has this callback.
+        """
+        self._trainer = trainer
 
     def on_init_end(
         self,
@@ -113,7 +127,7 @@ class RankFlowCallback(TrainerCallback):
             )
         flow.attach(optimizer)
         if state.is_world_process_zero:
-            flow.sinks = _default_sinks(args, flow) if self._sinks is None else list(self._sinks)
+            flow.sinks = self._default_sinks(args) if self._sinks is None else list(self._sinks)
 
     def on_pre_optimizer_step(
         self,
@@ -153,6 +167,7 @@ class RankFlowCallback(TrainerCallback):
     ) -> None:
         """Meet the target budget if the run ended above it, and close what was opened."""
         flow = self._running()
+        flow.sinks = [sink for sink in flow.sinks if not isinstance(sink, Reporters)]  # have ended
         event = flow.finish()
         if event is not None:
             logger.warning(
@@ -168,6 +183,18 @@ class RankFlowCallback(TrainerCallback):
                 if isinstance(sink, EventLog | TensorBoardSink):
                     sink.close()
         flow.close()
+
+    def _default_sinks(self, args: TrainingArguments) -> list[Sink]:
+        folder = Path(args.output_dir)
+        log = EventLog(folder / EVENTS_FILE, keep=0)
+        for event in self._running().history:  # the run that is resumed may have had another folder
+            log(event)
+        sinks: list[Sink] = [log]
+        if "tensorboard" in args.report_to:
+            sinks.append(TensorBoardSink(folder / "rankflow"))
+        if self._trainer is not None:
+            sinks.append(Reporters(self._trainer))
+        return sinks
 
     def _running(self) -> RankFlow:
         if self.flow is None:
@@ -201,6 +228,7 @@ class RankFlowTrainer(Trainer):
     ) -> None:
         super().__init__(**arguments)
         self.rankflow = RankFlowCallback(budget, adapter_name, sinks=sinks, follows_loads=True)
+        self.rankflow.log_to(self)
         self.add_callback(self.rankflow)
 
     def _load_from_checkpoint(
@@ -219,17 +247,6 @@ class RankFlowTrainer(Trainer):
             flow.load_state_dict(load_state(self.state.best_model_checkpoint))
             flow.history = history  # it tells what happened, not what led to the best model
         super()._load_best_model()
-
-
-def _default_sinks(args: TrainingArguments, flow: RankFlow) -> list[Sink]:
-    folder = Path(args.output_dir)
-    log = EventLog(folder / EVENTS_FILE, keep=0)
-    for event in flow.history:  # of the run that is resumed, which may have had another folder
-        log(event)
-    sinks: list[Sink] = [log]
-    if "tensorboard" in args.report_to:
-        sinks.append(TensorBoardSink(folder / "rankflow"))
-    return sinks
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -1,5 +1,6 @@
 """The trainers of a run: stock losses, and the one of a classifier that pools token logits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import TrainingArguments
 
-from rankflow.integrations.huggingface import RankFlowTrainer
+from rankflow.integrations.huggingface import RankFlowTrainer, Sink
 from rankflow.specs.run import RunSpec
 from rankflow.training.job import Job
 from rankflow.training.metrics import measure_predictions
@@ -65,8 +66,10 @@ def pooled_loss(
     return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
 
-def make_trainer(spec: RunSpec, job: Job, args: TrainingArguments) -> RankFlowTrainer:
-    """Build the trainer that the task needs."""
+def make_trainer(
+    spec: RunSpec, job: Job, args: TrainingArguments, sinks: Sequence[Sink] | None = None
+) -> RankFlowTrainer:
+    """Build the trainer that the task needs; ``sinks`` are those of ``RankFlowCallback``."""
     arguments = {
         "model": job.model,
         "args": args,
@@ -75,6 +78,7 @@ def make_trainer(spec: RunSpec, job: Job, args: TrainingArguments) -> RankFlowTr
         "data_collator": job.collate,
         "compute_metrics": measure_predictions if job.data.labels else None,
         "budget": spec.budget,
+        "sinks": sinks,
     }
     if spec.model.task == "sequence-classification" and spec.model.pooling != "model":
         return PooledTrainer(pooling=spec.model.pooling, **arguments)

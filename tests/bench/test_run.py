@@ -1,4 +1,5 @@
 import io
+import json
 
 import pytest
 import torch
@@ -102,6 +103,16 @@ def test_the_command_measures_the_case_it_is_given(monkeypatch):
     assert result.exit_code == 0
     assert "minilm-r8" in result.stdout
     assert "llama" not in result.stdout
+
+
+def test_the_command_gives_its_measurements_to_a_script():
+    result = CliRunner().invoke(
+        app, ["bench", "--quick", "--case", "minilm-r8", "--rounds", "1", "--json"]
+    )
+    (measured,) = json.loads(result.stdout)["measurements"]
+    assert measured["case"]["name"] == "minilm-r8"
+    assert set(measured["peak"]) == {"LoRA", "DoRA", "ours"}
+    assert "Ratios are ours over theirs" in result.stderr
 
 
 def test_the_command_refuses_an_unknown_case():

@@ -21,6 +21,13 @@ def run(*arguments):
     return CliRunner().invoke(app, ["export", *map(str, arguments)])
 
 
+def test_a_script_gets_the_report(make_adapted, tmp_path):
+    adapter = export_adapter(make_adapted(), tmp_path / "adapter")
+    result = run(adapter, "--output", tmp_path / "out", "--json")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "out" / REPORT).read_text())
+    assert "loads in" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_the_stock_format_is_written_without_the_base_model_and_says_so(
     make_adapted, tmp_path, stock_base, logits_of, name, use_dora

@@ -1,12 +1,16 @@
 import io
+import json
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from rich.console import Console
+from rich.filesize import decimal
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import BertForTokenClassification, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
+from rankflow.cli import app
 from rankflow.errors import BudgetError
 from rankflow.specs.run import load_run
 from rankflow.training.plan import count_steps, plan_run
@@ -50,9 +54,10 @@ def run_file(tmp_path, write_rows, sentiment_rows, bert_folder):
     return path
 
 
-def plan(path, *overrides):
+def plan(path, *overrides, measure=False):
     console = Console(record=True, width=100, file=io.StringIO())
-    return plan_run(load_run(path, overrides), console=console), console.export_text()
+    planned = plan_run(load_run(path, overrides), console=console, measure=measure)
+    return planned, console.export_text()
 
 
 def test_the_plan_is_what_training_then_does(run_file):
@@ -61,7 +66,7 @@ def test_the_plan_is_what_training_then_does(run_file):
     assert {site.name for site in planned.sites} == set(done.ranks)
     assert (planned.target, planned.head) == (done.target, done.head)
     assert len(planned.events) == done.events
-    assert planned.events[-1][1] == done.target
+    assert planned.events[-1].budget == done.target
 
 
 def test_the_plan_of_gated_components_counts_their_gates(run_file):
@@ -119,15 +124,37 @@ def test_planning_writes_nothing(run_file, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "datasets") == before
 
 
-def test_memory_counts_the_base_and_four_copies_of_what_trains(run_file):
-    planned, _ = plan(run_file)
+def test_a_measured_plan_compares_the_estimate_with_real_steps(run_file):
+    planned, printed = plan(run_file, measure=True)
     memory = planned.memory
-    trained = 4 * (planned.start + planned.head)
-    assert memory.adapter == memory.gradients == trained
-    assert memory.optimizer == 2 * trained
-    assert memory.total == memory.weights + 4 * trained
-    half, _ = plan(run_file, "model.dtype=bfloat16")
-    assert half.memory.weights == memory.weights // 2
+    share = memory.estimate.peak / memory.measured.peak - 1
+    assert f"{abs(share):.1%} {'above' if share >= 0 else 'below'}" in printed
+    assert f"measured    {decimal(memory.measured.peak)}" in printed
+
+
+def test_a_plan_is_given_to_a_script(run_file):
+    result = CliRunner().invoke(app, ["plan", str(run_file), "--json"])
+    found = json.loads(result.stdout)
+    assert (found["target"], found["steps"]) == (found["events"][-1]["budget"], 20)
+    assert found["events"][0]["step"] > 0
+    assert found["sites"][0]["name"] == "bert.encoder.layer.0.attention.self.query"
+    assert found["memory"]["estimate"]["peak"] > found["memory"]["estimate"]["weights"] > 0
+    assert found["memory"]["measured"] is None
+    assert "at the peak of a step" in result.stderr
+
+
+def test_a_model_that_needs_numbers_has_a_plan_all_the_same(run_file, monkeypatch):
+    forward = BertForTokenClassification.forward
+
+    def send_by_index(self, input_ids=None, attention_mask=None, labels=None, **_):
+        input_ids = input_ids[input_ids.sum(dim=1).nonzero().flatten()]
+        return forward(self, input_ids, attention_mask, labels=labels)
+
+    monkeypatch.setattr(BertForTokenClassification, "forward", send_by_index)
+    planned, printed = plan(run_file)
+    assert planned.memory.estimate is None
+    assert "nonzero" in planned.memory.unknown
+    assert f"memory      not estimated: {planned.memory.unknown}" in printed
 
 
 def test_a_budget_out_of_reach_is_refused_with_the_feasible_range(run_file):
@@ -148,10 +175,12 @@ def test_the_print_shows_sites_costs_budgets_events_and_memory(run_file):
     assert "layer.*.attention.self.query" in printed
     assert f"{planned.start:,} parameters at first, {planned.target:,} at the end" in printed
     assert f"{planned.feasible[0]:,} to {planned.feasible[1]:,}" in printed
-    step, limit = planned.events[0]
-    assert f"{step}" in printed
-    assert f"{limit:,}" in printed
-    assert "beside activations" in printed
+    first = planned.events[0]
+    assert f"{first.step}" in printed
+    assert f"{first.budget:,}" in printed
+    assert f"{decimal(planned.memory.estimate.peak)} at the peak of a step" in printed
+    assert "for 8 rows of 9 tokens on cpu" in printed
+    assert "measured" not in printed
 
 
 @pytest.mark.parametrize("rows", [7, 8])

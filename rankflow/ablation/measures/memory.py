@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rankflow.bench.memory import peak_bytes
+from rankflow.memory import peak_bytes
 
 
 def measure_peak_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:

@@ -65,6 +65,29 @@ def test_a_dry_run_shows_sizes_and_numbers_of_cells_and_trains_nothing(ablate, u
     assert "cannot run" in rows["prompt"]
 
 
+def test_a_dry_run_is_given_to_a_script(ablate, untrained):
+    shown = ablate("--dry-run", "--set", 'methods=["lora", "hybrid", "prompt", "oft"]', "--json")
+    assert shown.exit_code == 0, shown.output
+    plan = json.loads(shown.stdout)
+    assert (plan["cells"], plan["ended"]) == (24, 0)
+    places = {planned["place"]["method"]: planned for planned in plan["places"]}
+    assert places["lora"]["parameters"] == 2 * (528 + 512)
+    assert places["lora"]["share"] == 1
+    assert places["prompt"]["parameters"] is None
+    assert "embedding" in places["prompt"]["obstacle"]
+    assert places["oft"]["size_name"]
+    assert "about 24 cells" in shown.stderr
+
+
+def test_what_was_measured_is_given_to_a_script(ablate, untrained, tmp_path):
+    shown = ablate("--report-only", "--set", 'methods=["lora", "hybrid"]', "--json")
+    found = json.loads(shown.stdout)
+    assert found["html"] == "ablations/tiny/report.html"
+    assert [row["place"]["method"] for row in found["methods"]] == ["lora", "hybrid"]
+    assert found["methods"][0]["quality"]["mean"] is None  # nothing has run
+    assert "Verdict" in shown.stderr
+
+
 def test_a_report_can_be_made_of_what_there_is_without_running(ablate, untrained, tmp_path):
     shown = ablate("--report-only", "--report", "words")
     assert shown.exit_code == 0, shown.output

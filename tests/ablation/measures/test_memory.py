@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rankflow.ablation.measures.memory import measure_peak_bytes
-from rankflow.bench.memory import peak_bytes
+from rankflow.memory import peak_bytes
 
 ROWS, WIDTH = 8, 64
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankflow.bench.memory import peak_bytes
+from rankflow.memory import peak_bytes
 
 CPU = torch.device("cpu")
 FLOAT = 4
