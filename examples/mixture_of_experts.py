@@ -5,7 +5,7 @@ times as frequent. An expert without tokens in a step has no gradient there. The
 site, ends at the experts that are used.
 
 transformers keeps the experts of its own models in stacked tensors, which no adapter on layers
-reaches: RankFlow names them in a warning and adapts the rest, attention and shared experts.
+reaches; shared_experts.py shows what is adapted there.
 
     python examples/mixture_of_experts.py
 """

@@ -92,6 +92,12 @@ def main() -> None:
         print(f"{len(flow.history)} reallocations, {flow.spent:,} of {flow.limit:,} parameters")
         adapter = rf.export_adapter(trainer.model, f"{folder}/adapter", facts=flow.facts())
         chat = PeftModel.from_pretrained(build_base(), adapter).eval()
+    batch = tokenizer.apply_chat_template(
+        [row["messages"] for row in rows], return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        here, there = (m.eval()(**batch).logits for m in (trainer.model, chat))
+    print(f"stock PEFT differs by at most {(here - there).abs().max():.1e}")
     for fruit in COLOURS:
         prompt = tokenizer.apply_chat_template(
             [ask(fruit)], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -3,7 +3,7 @@
 A small Llama with random weights learns to count up with a DoRA adapter and to count down with a
 LoRA adapter, each under a budget of its own, so that their ranks and their sites differ. A server
 holds the base once, and answers each request by the adapter of its task. Then a better adapter
-for one task comes in, without a moment in which the task has none.
+for one task comes in, without a moment in which the task has none, and both share a batch.
 
     python examples/two_tasks.py
 """
@@ -81,6 +81,16 @@ def main() -> None:
         server.load_adapter(folder / "down-2", "down-2")
         for adapter, number in [("down-2", 3), ("up", 3), ("down-2", 9)]:
             print(f"{adapter} from {number}: {answer(server, adapter, number)}")
+        # Rows of one batch may go to different adapters of LoRA; PEFT refuses DoRA's here.
+        prompts = torch.tensor([[9, 8], [9, 8]])
+        mixed = server.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=5,
+            do_sample=False,
+            adapter_names=["down", "down-2"],
+        )
+        print(f"both in one batch, from 9: {mixed[:, 2:].tolist()}")
         server.delete_adapter("down")
         print(f"adapters now: {', '.join(server.peft_config)}")
 

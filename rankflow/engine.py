@@ -230,6 +230,7 @@ class RankFlow:
         Raises:
             SurgeryError: The optimizer does not train the adapter, or has state that cannot be
                 resized; model and optimizer are as they were.
+            SiteError: An event is due and the adapter is not active.
             RankFlowError: An event is due and ``observe`` was never called.
         """
         self.attach(optimizer)
@@ -284,6 +285,9 @@ class RankFlow:
 
         Returns:
             What had to be done, or None if the target is met already.
+
+        Raises:
+            SiteError: Something has to be done and the adapter is not active.
         """
         if self.spent <= self.resolved.target:
             self._limit = min(self._limit, self.resolved.target)
@@ -340,8 +344,10 @@ class RankFlow:
 
         Raises:
             CheckpointError: The state belongs to another model, budget or length of run.
+            SiteError: The adapter is not active.
         """
         self._check_state(state)
+        check_trainable(self.model, self.adapter_name, self._sites)
         self._resize_in_place(
             np.array([state["ranks"][s.name] for s in self._sites]), np.array(state["magnitudes"])
         )
@@ -391,6 +397,7 @@ class RankFlow:
 
     def _reallocate(self, step: int) -> RankEvent:
         began = time.perf_counter()
+        check_trainable(self.model, self.adapter_name, self._sites)  # another may be active now
         scheduler, index = self.resolved.scheduler, len(self.history)
         table = self._tracker.survey(self._growth.energy())
         plan = scheduler.plan(table, step)

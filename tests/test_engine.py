@@ -613,6 +613,28 @@ def test_an_inactive_adapter_is_refused_with_the_remedy():
         RankFlow(model, BudgetSpec(rank=2), STEPS, "second")
 
 
+@pytest.mark.parametrize("act", ["step", "finish", "load"])
+def test_an_adapter_that_is_inactive_when_ranks_move_is_refused_before_they_do(act):
+    model, flow, optimizer = start(BUDGETS["prune"])
+    saved = flow.state_dict()
+    train(model, flow, optimizer, last=7)
+    loss_of(model, 7).backward()
+    flow.observe()
+    optimizer.step()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=TARGETS))
+    model.set_adapter("second")
+    before = (flow.ranks, flow.limit, len(flow.history))
+    deeds = {
+        "step": lambda: flow.step(optimizer),
+        "finish": flow.finish,
+        "load": lambda: flow.load_state_dict(saved),
+    }
+    with pytest.raises(SiteError, match=r"are frozen.*model.set_adapter\('default'\)"):
+        deeds[act]()
+    assert (flow.ranks, flow.limit, len(flow.history)) == before
+    assert ranks_in(model) == flow.ranks
+
+
 def test_an_initialisation_that_moves_the_base_weight_is_refused():
     model = make_model(init_lora_weights="pissa")
     with pytest.raises(SiteError, match="init_lora_weights='pissa', which moves part of the base"):
@@ -624,6 +646,55 @@ def test_an_infeasible_budget_leaves_the_model_as_it_was():
     with pytest.raises(BudgetError, match="at most"):
         RankFlow(model, BudgetSpec(rank=50), STEPS)
     assert ranks_in(model) == {"first": 4, "second": 4, "third": 4}
+
+
+# Modules that a step does not reach
+
+
+class Routed(nn.Module):
+    """Six experts, of which a step reaches two, and the last of all never."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
+
+    def forward(self, x, step):
+        return self.experts[step % 5](x) + self.experts[(step + 1) % 5](x)
+
+
+def train_routed(score, *, fills, use_dora):
+    """Train; with ``fills``, experts without a token show zeros to ``observe`` instead of None."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, use_dora=use_dora, target_modules=r"experts\.\d")
+    model = peft.get_peft_model(Routed(), config)
+    spec = BudgetSpec(**BUDGETS["reallocate"] | {"score": score, "grow_steps": 3, "decay": 0.9})
+    flow, optimizer = RankFlow(model, spec, STEPS), make_optimizer(model)
+    missed = 0
+    for step in range(STEPS):
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        (model(x, step) - x.roll(1, dims=1)).square().mean().backward()
+        without = [p for p in model.parameters() if p.requires_grad and p.grad is None]
+        missed += len(without)
+        for parameter in without if fills else ():
+            parameter.grad = torch.zeros_like(parameter)
+        flow.observe()
+        for parameter in without:
+            parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        flow.step(optimizer)
+    assert missed > 6 * STEPS
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    return flow
+
+
+@pytest.mark.parametrize("score", ["taylor", "fisher", "sensitivity"])
+def test_an_expert_without_a_token_counts_as_one_whose_gradient_is_zero(score, use_dora):
+    flow = train_routed(score, fills=False, use_dora=use_dora)
+    other = train_routed(score, fills=True, use_dora=use_dora)
+    assert untimed(flow.history) == untimed(other.history)
+    assert any(event.born for event in flow.history)
+    assert flow.ranks["experts.5"] == 0
 
 
 # Several adapters and other trained parts

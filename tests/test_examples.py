@@ -60,6 +60,7 @@ def test_a_chat_model_learns_the_assistants_words_with_trl(capsys):
     for fruit, colour in {"banana": "yellow", "cherry": "red", "lime": "green"}.items():
         assert f"{fruit}: {colour} <end>" in out
     assert _last_number(out, " reallocations") > 5
+    assert _stock_difference(out) <= 1e-5
 
 
 def test_words_are_tagged_under_a_budget(capsys):
@@ -104,6 +105,20 @@ def test_experts_get_ranks_as_they_get_tokens(capsys):
     assert _stock_difference(out) <= 1e-5
 
 
+def test_what_is_a_layer_in_a_model_of_stacked_experts_is_adapted(capsys):
+    _run("shared_experts.py")
+    out = capsys.readouterr().out
+    assert "4 stacked weights" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("  model.")]
+    ranks = {site: int(rank) for site, rank in rows}
+    assert {site.split(".")[3] for site in ranks} == {"self_attn", "mlp"}
+    assert all("shared_expert" in site for site in ranks if ".mlp." in site)
+    assert all(rank <= 1 for site, rank in ranks.items() if site.endswith("shared_expert_gate"))
+    assert len(set(ranks.values())) > 2
+    assert _last_number(out, " of the numbers come out right") == 100
+    assert _stock_difference(out) <= 1e-5
+
+
 def test_two_tasks_are_served_from_one_base_and_one_of_them_gets_better(capsys):
     _run("two_tasks.py")
     lines = capsys.readouterr().out.splitlines()
@@ -112,6 +127,9 @@ def test_two_tasks_are_served_from_one_base_and_one_of_them_gets_better(capsys):
     assert answers["up from 9"] == "[11, 12, 13, 14, 15]"
     assert answers["down-2 from 3"] == "[1, 0, 15, 14, 13]"
     assert answers["down-2 from 9"] == "[7, 6, 5, 4, 3]"
+    alone = [answers["down from 9"], answers["down-2 from 9"]]
+    assert alone[0] != alone[1]
+    assert answers["both in one batch, from 9"] == f"[{', '.join(alone)}]"
     assert lines[-1] == "adapters now: up, down-2"
 
 

@@ -10,6 +10,7 @@ import warnings
 
 from peft import PeftModel
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 _SHOWN = 3
 
@@ -27,8 +28,8 @@ def warn_of_stacked_weights(model: PeftModel) -> None:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     warnings.warn(
         f"{len(names)} stacked weights, {sum(stacked.values()):,} parameters, are not adapted: "
-        f"{', '.join(names[:_SHOWN])}{more}; RankFlow adapts linear layers, and the experts in "
-        "these tensors stay frozen",
+        f"{', '.join(names[:_SHOWN])}{more}; RankFlow adapts layers, and what these tensors "
+        "hold, such as experts, stays frozen",
         stacklevel=3,
     )
 
@@ -36,13 +37,15 @@ def warn_of_stacked_weights(model: PeftModel) -> None:
 def find_stacked_weights(base: nn.Module) -> dict[str, int]:
     """Return the parameters of every three-dimensional weight that is no convolution's, by name.
 
+    What a layer computes its own weight from, as under a weight norm, is no stack either.
+
     Args:
         base: A base model, with adapters in it or without.
     """
     return {
         f"{module_name}.{name}" if module_name else name: parameter.numel()
         for module_name, module in base.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, nn.modules.conv._ConvNd | ParametrizationList)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and min(parameter.shape) > 1
     }

@@ -15,12 +15,15 @@ _INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 def check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> None:
-    """Check that an adapter trains, and that the base weights do not depend on its rank.
+    """Check that an adapter trains, and nothing of the base model that depends on its ranks.
 
     Raises:
-        SiteError: The adapter is frozen, or its initialisation changed the base weights.
+        SiteError: The adapter is frozen, trains biases, or its initialisation changed the base
+            weights.
     """
-    check_initialisation(model.peft_config[adapter_name].init_lora_weights, adapter_name)
+    config = model.peft_config[adapter_name]
+    check_initialisation(config.init_lora_weights, adapter_name)
+    check_biases(config.bias, adapter_name)
     frozen = [s.name for s in sites if not all(p.requires_grad for p in s.trained)]
     if frozen:
         raise SiteError(
@@ -44,6 +47,24 @@ def check_initialisation(init: object, adapter_name: str) -> None:
         raise SiteError(
             f"adapter {adapter_name!r} was made with init_lora_weights={init!r}, which moves part "
             "of the base weight into the adapter at its first rank; use True or 'gaussian'"
+        )
+
+
+def check_biases(bias: str, adapter_name: str) -> None:
+    """Check that an adapter leaves the biases of the base model alone.
+
+    Args:
+        bias: ``bias`` of its config.
+        adapter_name: The adapter.
+
+    Raises:
+        SiteError: It does not.
+    """
+    if bias != "none":
+        raise SiteError(
+            f"adapter {adapter_name!r} was made with bias={bias!r}, which trains biases of the "
+            "base model: they belong to no component and no budget, and a site of rank 0 is left "
+            "out of the saved adapter, its bias with it; set bias='none'"
         )
 
 

@@ -155,13 +155,16 @@ def check_target(path: Path) -> None:
 
 
 def _with_full_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put back the last part of a magnitude's name, which PEFT drops.
+    """Put back the last part of a magnitude's name, which PEFT drops, and copy the tensors.
 
     PEFT and diffusers load both names; transformers loads only the full one, and would leave the
-    magnitude out with no more than a warning.
+    magnitude out with no more than a warning. Copies share no memory, as tied embeddings do, which
+    safetensors refuses.
     """
     return {
-        f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor.detach().contiguous().cpu()
+        f"{key}.weight" if key.endswith(_MAGNITUDE) else key: tensor.detach()
+        .cpu()
+        .clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
 

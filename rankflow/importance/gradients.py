@@ -85,7 +85,8 @@ class StepGradients:
     def _look_elsewhere(self) -> None:
         """Probe what has a gradient now: experts to which no token was sent have none."""
         self.close()
-        self._probe([p for p in self._candidates if p.grad is not None])
+        reached = [p for p in self._candidates if p.grad is not None]
+        self._probe(reached or self._candidates)
 
     def _probe(self, candidates: Sequence[nn.Parameter]) -> None:
         self._probes = _spread(candidates, _PROBES)

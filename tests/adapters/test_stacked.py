@@ -2,6 +2,7 @@ import peft
 import pytest
 import transformers
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.stacked import find_stacked_weights
@@ -45,9 +46,10 @@ def test_stacked_experts_are_found_with_their_parameters():
     "base",
     [
         nn.Sequential(nn.Conv1d(2, 3, 4), nn.Linear(3, 3)),
+        nn.Sequential(weight_norm(nn.Conv1d(2, 3, 4)), nn.Linear(3, 3)),
         transformers.ViTModel(transformers.ViTConfig(**{**SIZES, "image_size": 32})),
     ],
-    ids=["convolution", "class token and positions"],
+    ids=["convolution", "convolution under a weight norm", "class token and positions"],
 )
 def test_other_weights_of_three_dimensions_are_no_stack(base):
     assert any(parameter.ndim >= 3 for parameter in base.parameters())

@@ -225,6 +225,16 @@ def test_initialisations_that_move_the_base_weight_are_known(init, moves):
         check_trainable(model, "default", sites)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_train_beside_the_budget_are_refused(bias):
+    """Saved under a site that later dies, PEFT would not load them, and would not say so."""
+    config = peft.LoraConfig(r=2, target_modules=["layer"], bias=bias)
+    model = peft.get_peft_model(Chain(layer=nn.Linear(4, 4)), config)
+    assert model.get_base_model().layer.bias.requires_grad
+    with pytest.raises(SiteError, match=f"bias='{bias}'.*set bias='none'"):
+        check_trainable(model, "default", find_sites(model))
+
+
 def test_a_frozen_adapter_is_refused_by_the_name_of_its_first_frozen_site(adapt):
     model = adapt(Nested(), target_modules=["proj"])
     adapt(None, onto=model, adapter="other", target_modules=["proj"])

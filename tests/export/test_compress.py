@@ -343,6 +343,10 @@ def test_a_start_that_moved_the_base_weights_is_refused(mixed):
     refused(model, 60, error=SiteError, match="init_lora_weights='pissa'")
 
 
+def test_trained_biases_which_a_site_with_nothing_left_would_lose_are_refused(mixed):
+    refused(mixed(bias="all"), 60, error=SiteError, match="bias='all'")
+
+
 def test_a_failure_in_the_middle_leaves_everything_as_it_was(mixed, use_dora, monkeypatch):
     model = mixed(use_dora=use_dora, r=4)
     before, calls = state_of(model), []

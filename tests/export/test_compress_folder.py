@@ -158,6 +158,8 @@ def broken(folder, kind):
             (folder / WEIGHTS).unlink()
         case "moved base":
             edit_config(folder, init_lora_weights="pissa")
+        case "trained biases":
+            edit_config(folder, bias="lora_only")
         case "other ranks":
             edit_config(folder, r=3)
         case "a bias":
@@ -177,6 +179,7 @@ def broken(folder, kind):
         ("no folder", RankFlowError, "cannot be read"),
         ("no weights", RankFlowError, "cannot be read"),
         ("moved base", ExportError, "init_lora_weights='pissa'"),
+        ("trained biases", ExportError, "bias='lora_only'"),
         ("other ranks", ExportError, "PEFT could not load it either"),
         ("a bias", ExportError, "no more than a magnitude beside"),
         ("not finite", ExportError, "not finite"),

@@ -390,6 +390,30 @@ def test_bf16_adapters_keep_their_bits(tmp_path):
     assert all(torch.equal(tensors[k.replace(".default", "")], p) for k, p in live.items())
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_adapters_on_both_ends_of_tied_embeddings_read_back(tmp_path, use_dora):
+    """PEFT then saves the base weights of both ends, which are one tensor in memory."""
+
+    def tied():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                **make_llama()[0].config.to_dict() | {"tie_word_embeddings": True}
+            )
+        )
+
+    model = adapt(
+        tied(), "CAUSAL_LM", target_modules=["embed_tokens", "lm_head"], use_dora=use_dora
+    )
+    live = model.get_base_model()
+    assert live.lm_head.base_layer.weight is live.model.embed_tokens.base_layer.weight
+    force_ranks(model, (3, 1))
+    train(model, "llama")
+    loaded = peft.PeftModel.from_pretrained(tied(), export_adapter(model, tmp_path / "out")).eval()
+    assert (logits_of(loaded) - logits_of(model)).abs().max() <= 1e-5
+
+
 def test_an_adapter_without_any_component_is_refused(tmp_path):
     model = adapt(*make_llama())
     force_ranks(model, (0,))

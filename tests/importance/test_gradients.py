@@ -143,6 +143,22 @@ def test_where_backward_reaches_no_probe_the_next_step_is_read_off_others():
         assert gradients.unclip(1.0).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_step_that_reaches_magnitudes_alone_does_not_end_the_probing():
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    model = peft.get_peft_model(layers, peft.LoraConfig(r=2, use_dora=True, target_modules=r"\d"))
+    sites = find_sites(model)
+    dead, alive = sites[0], sites[1]
+    dead.install(nn.Parameter(dead.A[:0].detach()), nn.Parameter(dead.B[:, :0].detach()))
+    gradients = StepGradients(sites)
+    for site, expected in ((dead, 1), (alive, 4), (alive, 4)):
+        model.zero_grad(set_to_none=True)
+        site.layer(torch.ones(4)).sum().backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= 0.25
+        assert gradients.unclip(1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_closed_watcher_leaves_no_hook(steer, watch):
     steered = steer()
     gradients = watch(steered.sites)

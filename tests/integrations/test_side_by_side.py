@@ -46,18 +46,27 @@ def lora_config(use_dora):
     return peft.LoraConfig(r=4, lora_alpha=8, use_dora=use_dora, target_modules="all-linear")
 
 
-def train(model, name, *, rank, seed):
+def steer(model, name, rank):
     use_dora = model.peft_config[name].use_dora
     budget = load_budget("hybrid" if use_dora else "prune", rank=rank, start=2.0, every=2)
     flow = RankFlow(model, budget, total_steps=STEPS, adapter_name=name)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return flow, torch.optim.AdamW(trained, lr=0.02)
+
+
+def take_step(model, flow, optimizer, seed):
     tokens = torch.randint(0, 32, (4, 8), generator=torch.Generator().manual_seed(seed))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    flow.observe()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    flow.step(optimizer)
+
+
+def train(model, name, *, rank, seed):
+    flow, optimizer = steer(model, name, rank)
     for _ in range(STEPS):
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        flow.observe()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        flow.step(optimizer)
+        take_step(model, flow, optimizer, seed)
     flow.close()
     return flow
 
@@ -139,6 +148,31 @@ def test_training_one_adapter_leaves_the_others_as_they_were(host, adapters, use
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     for name, adapter in adapters.items():
         assert torch.equal(use(host, name), adapter.logits)
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, False)], ids=str)
+def test_two_that_train_in_turn_become_what_each_becomes_alone(kinds):
+    def start(names):
+        model = peft.get_peft_model(make_base(), lora_config(kinds[0]), adapter_name="0")
+        model.add_adapter("1", lora_config(kinds[1]))
+        runs = {}
+        for name in names:
+            model.set_adapter(name)
+            runs[name] = steer(model, name, rank=1)
+        return model, runs
+
+    model, runs = start(("0", "1"))
+    for _ in range(STEPS):
+        for name in runs:
+            model.set_adapter(name)
+            take_step(model, *runs[name], seed=int(name))
+    for name in runs:
+        alone, run_alone = start((name,))
+        for _ in range(STEPS):
+            take_step(alone, *run_alone[name], seed=int(name))
+        assert len(set(run_alone[name][0].ranks.values())) > 1
+        assert runs[name][0].ranks == run_alone[name][0].ranks
+        assert torch.equal(use(model, name), use(alone, name))
 
 
 def test_an_adapter_is_replaced_by_loading_switching_and_deleting(host, adapters):
