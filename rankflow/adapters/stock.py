@@ -1,5 +1,6 @@
 """Keep PEFT's own description of an adapter true to its ranks, so that stock code can save it."""
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 
@@ -48,18 +49,20 @@ def check_initialisation(init: object, adapter_name: str) -> None:
 
 
 def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> None:
-    """Write the sites' ranks and scales into the adapter's live ``LoraConfig``.
+    """Give an adapter a ``LoraConfig`` that states the ranks and scales of its sites.
+
+    It takes the place of the one that the model has, which belongs to the caller.
 
     A dead LoRA site is left out, and a dead DoRA site is described with the one component of zeros
     that its state dict holds (see ``rankflow.adapters.state_dicts``). Where no site has a magnitude
     left, the adapter is plain LoRA.
 
     Args:
-        model: The model whose config is updated.
+        model: The model that gets the config.
         adapter_name: The adapter.
         sites: All of its sites.
     """
-    config: LoraConfig = model.peft_config[adapter_name]
+    config: LoraConfig = copy.copy(model.peft_config[adapter_name])
     present = [site for site in sites if site.rank > 0 or site.magnitude is not None]
     ranks = {site.name: max(site.rank, 1) for site in present}
     alphas = {site.name: plain_alpha(site.scale * ranks[site.name]) for site in present}
@@ -76,6 +79,7 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     config.exclude_modules = None
     config.layers_to_transform = None
     config.layers_pattern = None
+    model.peft_config[adapter_name] = config
 
 
 def exact_targets(names: Iterable[str], base: nn.Module) -> set[str] | str:

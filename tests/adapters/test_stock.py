@@ -197,6 +197,16 @@ def test_the_other_adapters_config_is_left_alone(adapt):
     assert model.peft_config["other"].to_dict() == before
 
 
+def test_the_config_that_the_model_was_made_from_makes_the_same_adapter_again():
+    config = peft.LoraConfig(r=3, target_modules=["proj"])
+    model = peft.get_peft_model(Nested(), config)
+    steer(model, {"proj": 0, "block.proj": 1, "block.inner.proj": 4})
+    again = peft.get_peft_model(Nested(), config)
+    assert [site.rank for site in find_sites(again)] == [3, 3, 3]
+    # PEFT holds one dictionary of configs in three places.
+    assert model.base_model.model.peft_config["default"] is model.peft_config["default"]
+
+
 @pytest.mark.parametrize(
     ("init", "moves"),
     [
