@@ -41,7 +41,7 @@ def check_initialisation(init: object, adapter_name: str) -> None:
     Raises:
         SiteError: It did not.
     """
-    if isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE):
+    if isinstance(init, str) and init.lower().startswith(_INIT_CHANGES_BASE):
         raise SiteError(
             f"adapter {adapter_name!r} was made with init_lora_weights={init!r}, which moves part "
             "of the base weight into the adapter at its first rank; use True or 'gaussian'"

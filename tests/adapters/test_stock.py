@@ -216,6 +216,7 @@ def test_the_config_that_the_model_was_made_from_makes_the_same_adapter_again():
         ("pissa", True),
         ("pissa_niter_4", True),
         ("olora", True),
+        ("OLoRA", True),
     ],
 )
 def test_initialisations_that_move_the_base_weight_are_known(init, moves):
