@@ -16,12 +16,20 @@ _INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 def check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> None:
-    """Check that an adapter trains, and that the base weights do not depend on its rank.
+    """Check that an adapter trains, and that what it began from does not depend on its rank.
 
     Raises:
-        SiteError: The adapter is frozen, or its initialisation changed the base weights.
+        SiteError: The adapter is frozen, its initialisation changed the base weights, or its
+            components cancel out only all together.
     """
-    check_initialisation(model.peft_config[adapter_name].init_lora_weights, adapter_name)
+    init = model.peft_config[adapter_name].init_lora_weights
+    check_initialisation(init, adapter_name)
+    if init == "orthogonal":
+        raise SiteError(
+            f"adapter {adapter_name!r} was made with init_lora_weights='orthogonal', whose "
+            "components cancel out only all together, so that resizing would change the model; "
+            "use True or 'gaussian'"
+        )
     frozen = [s.name for s in sites if not all(p.requires_grad for p in s.trained)]
     if frozen:
         raise SiteError(

@@ -236,6 +236,20 @@ def test_initialisations_that_move_the_base_weight_are_known(init, moves):
         check_trainable(model, "default", sites)
 
 
+def test_a_start_whose_components_cancel_out_only_together_is_refused():
+    base = Chain(layer=nn.Linear(4, 4))
+    x = torch.randn(5, 4)
+    before = base(x)
+    config = peft.LoraConfig(r=4, target_modules=["layer"], init_lora_weights="orthogonal")
+    model = peft.get_peft_model(base, config)
+    torch.testing.assert_close(model(x), before)
+    (site,) = find_sites(model)
+    site.install(nn.Parameter(site.A[:3].detach()), nn.Parameter(site.B[:, :3].detach()))
+    assert (model(x) - before).abs().max() > 1e-3
+    with pytest.raises(SiteError, match="init_lora_weights='orthogonal', whose components cancel"):
+        check_trainable(model, "default", [site])
+
+
 def test_a_frozen_adapter_is_refused_by_the_name_of_its_first_frozen_site(adapt):
     model = adapt(Nested(), target_modules=["proj"])
     adapt(None, onto=model, adapter="other", target_modules=["proj"])
