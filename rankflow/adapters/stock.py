@@ -1,5 +1,6 @@
 """Keep PEFT's own description of an adapter true to its ranks, so that stock code can save it."""
 
+import copy
 import re
 from collections.abc import Iterable, Sequence
 
@@ -18,12 +19,18 @@ def check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) 
     """Check that an adapter trains, and nothing of the base model that depends on its ranks.
 
     Raises:
-        SiteError: The adapter is frozen, trains biases, or its initialisation changed the base
-            weights.
+        SiteError: The adapter is frozen, trains biases, its initialisation changed the base
+            weights, or its components cancel out only all together.
     """
     config = model.peft_config[adapter_name]
     check_initialisation(config.init_lora_weights, adapter_name)
     check_biases(config.bias, adapter_name)
+    if config.init_lora_weights == "orthogonal":
+        raise SiteError(
+            f"adapter {adapter_name!r} was made with init_lora_weights='orthogonal', whose "
+            "components cancel out only all together, so that resizing would change the model; "
+            "use True or 'gaussian'"
+        )
     frozen = [s.name for s in sites if not all(p.requires_grad for p in s.trained)]
     if frozen:
         raise SiteError(
@@ -43,7 +50,7 @@ def check_initialisation(init: object, adapter_name: str) -> None:
     Raises:
         SiteError: It did not.
     """
-    if isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE):
+    if isinstance(init, str) and init.lower().startswith(_INIT_CHANGES_BASE):
         raise SiteError(
             f"adapter {adapter_name!r} was made with init_lora_weights={init!r}, which moves part "
             "of the base weight into the adapter at its first rank; use True or 'gaussian'"
@@ -69,18 +76,20 @@ def check_biases(bias: str, adapter_name: str) -> None:
 
 
 def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> None:
-    """Write the sites' ranks and scales into the adapter's live ``LoraConfig``.
+    """Give an adapter a ``LoraConfig`` that states the ranks and scales of its sites.
+
+    It takes the place of the one that the model has, which belongs to the caller.
 
     A dead LoRA site is left out, and a dead DoRA site is described with the one component of zeros
     that its state dict holds (see ``rankflow.adapters.state_dicts``). Where no site has a magnitude
     left, the adapter is plain LoRA.
 
     Args:
-        model: The model whose config is updated.
+        model: The model that gets the config.
         adapter_name: The adapter.
         sites: All of its sites.
     """
-    config: LoraConfig = model.peft_config[adapter_name]
+    config: LoraConfig = copy.copy(model.peft_config[adapter_name])
     present = [site for site in sites if site.rank > 0 or site.magnitude is not None]
     ranks = {site.name: max(site.rank, 1) for site in present}
     alphas = {site.name: plain_alpha(site.scale * ranks[site.name]) for site in present}
@@ -97,6 +106,7 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     config.exclude_modules = None
     config.layers_to_transform = None
     config.layers_pattern = None
+    model.peft_config[adapter_name] = config
 
 
 def exact_targets(names: Iterable[str], base: nn.Module) -> set[str] | str:

@@ -197,6 +197,16 @@ def test_the_other_adapters_config_is_left_alone(adapt):
     assert model.peft_config["other"].to_dict() == before
 
 
+def test_the_config_that_the_model_was_made_from_makes_the_same_adapter_again():
+    config = peft.LoraConfig(r=3, target_modules=["proj"])
+    model = peft.get_peft_model(Nested(), config)
+    steer(model, {"proj": 0, "block.proj": 1, "block.inner.proj": 4})
+    again = peft.get_peft_model(Nested(), config)
+    assert [site.rank for site in find_sites(again)] == [3, 3, 3]
+    # PEFT holds one dictionary of configs in three places.
+    assert model.base_model.model.peft_config["default"] is model.peft_config["default"]
+
+
 @pytest.mark.parametrize(
     ("init", "moves"),
     [
@@ -206,6 +216,7 @@ def test_the_other_adapters_config_is_left_alone(adapt):
         ("pissa", True),
         ("pissa_niter_4", True),
         ("olora", True),
+        ("OLoRA", True),
     ],
 )
 def test_initialisations_that_move_the_base_weight_are_known(init, moves):
@@ -233,6 +244,20 @@ def test_biases_that_train_beside_the_budget_are_refused(bias):
     assert model.get_base_model().layer.bias.requires_grad
     with pytest.raises(SiteError, match=f"bias='{bias}'.*set bias='none'"):
         check_trainable(model, "default", find_sites(model))
+
+
+def test_a_start_whose_components_cancel_out_only_together_is_refused():
+    base = Chain(layer=nn.Linear(4, 4))
+    x = torch.randn(5, 4)
+    before = base(x)
+    config = peft.LoraConfig(r=4, target_modules=["layer"], init_lora_weights="orthogonal")
+    model = peft.get_peft_model(base, config)
+    torch.testing.assert_close(model(x), before)
+    (site,) = find_sites(model)
+    site.install(nn.Parameter(site.A[:3].detach()), nn.Parameter(site.B[:, :3].detach()))
+    assert (model(x) - before).abs().max() > 1e-3
+    with pytest.raises(SiteError, match="init_lora_weights='orthogonal', whose components cancel"):
+        check_trainable(model, "default", [site])
 
 
 def test_a_frozen_adapter_is_refused_by_the_name_of_its_first_frozen_site(adapt):
