@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rich.console import Console
 from rich.text import Text
 
-from rankflow.errors import RankFlowError, SpecError
+from rankflow.errors import RankFlowError, SpecError, brief
 from rankflow.export.compress_folder import BaseRows, compress_folder
 from rankflow.export.compression import Compression
 from rankflow.export.inspect import CONFIG, WEIGHTS
@@ -115,7 +115,8 @@ def find_source(adapter: str) -> Path:
         return Path(snapshot_download(adapter, allow_patterns=[CONFIG, WEIGHTS]))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise RankFlowError(
-            f"{adapter} is no folder here, and cannot be fetched from the hub: {error}"
+            f"{adapter} is no folder here, and cannot be fetched from the hub: {brief(error)}; "
+            "name an adapter's folder, or a hub id (which needs a connection or a filled cache)"
         ) from error
 
 

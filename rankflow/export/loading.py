@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import transformers
 from peft import LoraConfig, PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,7 +19,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from rankflow.errors import ExportError
+from rankflow.errors import ExportError, brief
 from rankflow.export.inspect import WEIGHTS
 
 _CLASSES: Final = {
@@ -80,10 +80,10 @@ def load_adapted(adapter: Path, base_model: str | None = None) -> PeftModel:
             base = _CLASSES[task].from_pretrained(name, **settings)
         with without_repeated_notes():
             return PeftModel.from_pretrained(base, adapter)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExportError(
-            f"cannot load the adapter {adapter} on the base model {name!r}: {error}; name another "
-            "one with --base"
+            f"cannot load the adapter {adapter} on the base model {name!r}: {brief(error)}; name "
+            "another one with --base"
         ) from error
 
 
