@@ -3,6 +3,7 @@
 Only light modules are imported up here, so that ``rankflow --help`` answers at once.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
@@ -15,27 +16,45 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from rankflow.errors import RankFlowError, SpecError
+from rankflow.errors import RankFlowError, SpecError, brief
 from rankflow.records import RankEvent
 
 if TYPE_CHECKING:
     from rankflow.export.inspect import AdapterSummary
 
 LAST_EVENTS: Final = 10
+# How safetensors, tokenizers and torch say that a disk is full: by no OSError.
+_FAILED_WRITES: Final = ("os error 28", "iostream error", "PytorchStreamWriter failed writing")
+_OS_REMEDIES: Final = {
+    errno.EACCES: "choose a place that you may write to, or change its permissions",
+    errno.EPERM: "choose a place that you may write to, or change its permissions",
+    errno.EROFS: "choose a place that you may write to",
+    errno.ENOSPC: "free some space, or write elsewhere",
+    errno.EDQUOT: "free some space, or write elsewhere",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a file lies where a folder is meant; name another path",
+    errno.EEXIST: "a file lies where a folder is meant; name another path",
+    errno.EISDIR: "a folder lies where a file is meant; name another path",
+}
 
 
 class CleanErrors(TyperGroup):
-    """Commands whose RankFlow errors end as a message and exit code 2, without a traceback."""
+    """Commands whose errors end as a message and exit code 2, without a traceback.
+
+    These are the errors that RankFlow raises on purpose, and those of files and connections; any
+    other one is a defect, and keeps its traceback.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except RankFlowError as error:
-            if ctx.params["debug"]:
+        except Exception as error:
+            text = tell_error(error)
+            if ctx.params["debug"] or text is None:
                 raise
             console = Console(stderr=True)
-            message = Text.assemble(("error: ", "bold red"), (str(error), "red"))
+            message = Text.assemble(("error: ", "bold red"), (text, "red"))
             console.print(message, soft_wrap=not console.is_terminal)
             raise typer.Exit(2) from error
 
@@ -57,6 +76,19 @@ Overrides = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on stdout, and text for people on stderr.")
 ]
+
+
+def _check_new_file(suffix: str) -> Callable[[Path | None], Path | None]:
+    """Return what refuses a file that could not be written in the end, before any work is done."""
+
+    def check(path: Path | None) -> Path | None:
+        if path is not None and (path.suffix != suffix or path.is_dir()):
+            raise RankFlowError(f"{path} is to be a file; its name must end in {suffix}")
+        if path is not None and not path.parent.is_dir():
+            raise RankFlowError(f"{path}: there is no folder {path.parent}; make it first")
+        return path
+
+    return check
 
 
 def _completer(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -88,6 +120,24 @@ def _cases() -> Iterable[str]:
     from rankflow.bench.cases import CASES
 
     return [case.name for case in CASES]
+
+
+def tell_error(error: Exception) -> str | None:
+    """Say what went wrong and what to do; None for a defect.
+
+    >>> tell_error(OSError(errno.ENOSPC, "No space left on device", "runs/a"))
+    'runs/a: No space left on device; free some space, or write elsewhere'
+    """
+    if isinstance(error, RankFlowError):
+        return str(error)
+    if any(sign in str(error) for sign in _FAILED_WRITES) and not isinstance(error, OSError):
+        return f"a file could not be written ({brief(error)}); {_OS_REMEDIES[errno.ENOSPC]}"
+    if not isinstance(error, OSError) or error.errno == errno.EPIPE:
+        return None
+    if error.errno is None:  # of a connection, or of a library
+        return str(error)
+    place = "" if error.filename is None else f"{error.filename}: "
+    return f"{place}{error.strerror}; {_OS_REMEDIES.get(error.errno, 'name another path')}"
 
 
 @app.callback()
@@ -185,7 +235,10 @@ def inspect(
         tuple[Path, Path] | None,
         typer.Option(metavar="A B", help="Two runs or adapters, whose ranks are compared."),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Write the heatmap to this file.")] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(help="Write the heatmap to this file.", callback=_check_new_file(".png")),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the ranks of a run or of an adapter, or how those of two differ."""
@@ -325,9 +378,16 @@ def compress(
             "base model; by default by the energy of the components.",
         ),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the error curve to this file.")] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(help="Draw the error curve to this file.", callback=_check_new_file(".png")),
+    ] = None,
     ranks: Annotated[
-        Path | None, typer.Option(help="Write the ranks to this TOML file, a budget for a new run.")
+        Path | None,
+        typer.Option(
+            help="Write the ranks to this TOML file, a budget for a new run.",
+            callback=_check_new_file(".toml"),
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

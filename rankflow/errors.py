@@ -9,6 +9,15 @@ class RankFlowError(Exception):
     """Base of all errors below; catch it to catch everything that RankFlow raises on purpose."""
 
 
+def brief(error: BaseException) -> str:
+    r"""Return the first line of another library's message, ready to be quoted in one of ours.
+
+    >>> brief(OSError("There is no such model.\nCheck your connection."))
+    'There is no such model'
+    """
+    return str(error).strip().partition("\n")[0].rstrip(". ")
+
+
 class SpecError(RankFlowError):
     """A spec (budget, run, or ablation) is wrong; all faults of it are listed at once."""
 

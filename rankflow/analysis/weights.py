@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankflow.analysis.checkpoints import Checkpoint
 from rankflow.analysis.naming import Renaming, match_names
-from rankflow.errors import RankFlowError
+from rankflow.errors import RankFlowError, brief
 from rankflow.quiet import quiet_libraries
 from rankflow.report.layout import parse_site
 
@@ -91,7 +91,7 @@ def load_weights(source: str) -> Weights:
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RankFlowError(
-            f"{source} cannot be read as a model: {error}; name 'minilm', a folder that "
+            f"{source} cannot be read as a model: {brief(error)}; name 'minilm', a folder that "
             "`save_pretrained` wrote, or a hub id"
         ) from error
     absent = set(info["missing_keys"])

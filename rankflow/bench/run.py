@@ -18,6 +18,7 @@ from rich.table import Table
 from rankflow.bench.cases import Case
 from rankflow.bench.contestant import Contestant, Method, time_inference
 from rankflow.bench.models import build
+from rankflow.errors import RankFlowError, brief
 
 WARM_UP = 2
 _MEBI = 2**20
@@ -58,8 +59,11 @@ def run_bench(
 
     Returns:
         A measurement of each case.
+
+    Raises:
+        RankFlowError: The device is not there.
     """
-    place = torch.device(device)
+    place = _find_device(device)
     if place.type == "cpu":
         _keep_freed_memory()
     measurements = []
@@ -75,6 +79,16 @@ def run_bench(
         highlight=False,
     )
     return measurements
+
+
+def _find_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RankFlowError(
+            f"the device {name!r} cannot be used here: {brief(error)}; try cpu, or cuda on a "
+            "machine with a GPU and a torch built for it"
+        ) from error
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> Measurement:

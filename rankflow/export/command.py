@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rich.console import Console
 from rich.text import Text
 
-from rankflow.errors import RankFlowError, SpecError
+from rankflow.errors import RankFlowError, SpecError, brief
 from rankflow.export.compress_folder import BaseReader, compress_folder
 from rankflow.export.compression import Compression
 from rankflow.export.inspect import CONFIG, WEIGHTS
@@ -116,9 +116,9 @@ def find_source(adapter: str) -> Path:
         return Path(snapshot_download(adapter, allow_patterns=[CONFIG, WEIGHTS]))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise RankFlowError(
-            f"{adapter} is no folder here, and cannot be fetched from the hub: "
-            f"{str(error).splitlines()[0]}; name a folder, or fetch the adapter while there is a "
-            "connection, since the hub's cache is read without one"
+            f"{adapter} is no folder here, and cannot be fetched from the hub: {brief(error)}; "
+            "name a folder, or fetch the adapter while there is a connection, since the hub's "
+            "cache is read without one"
         ) from error
 
 

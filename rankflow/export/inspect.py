@@ -99,6 +99,12 @@ def inspect_adapter(folder: str | Path) -> AdapterSummary:
         RankFlowError: A file is missing or damaged, or the adapter is of another kind.
     """
     folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        inner = folder / "adapter"  # of a run
+        hint = (
+            f"did you mean {inner}?" if (inner / CONFIG).is_file() else "name an adapter's folder"
+        )
+        raise RankFlowError(f"{folder} holds no {CONFIG}; {hint}")
     config = _read_config(folder / CONFIG)
     shapes = _read_shapes(folder / WEIGHTS)
     parts: dict[str, Shapes] = {}
@@ -134,14 +140,19 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         raise RankFlowError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise RankFlowError(f"{path} is not valid JSON: {error}") from error
+        raise RankFlowError(
+            f"{path} is not valid JSON: {error}; save or copy the adapter again"
+        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     config = _read_json(path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise RankFlowError(f"{path} has peft_type {kind!r}; only LORA (LoRA, DoRA) can be read")
+        raise RankFlowError(
+            f"{path} has peft_type {kind!r}; only LORA (LoRA, DoRA) can be read; "
+            "name another adapter"
+        )
     for key in ("r", "lora_alpha"):
         if key not in config:
             raise RankFlowError(f"{path} lacks the key {key!r}; was it saved by PEFT?")
@@ -154,7 +165,9 @@ def _read_shapes(path: Path) -> Shapes:
             keys = file.keys()
             return {key: tuple(file.get_slice(key).get_shape()) for key in keys}
     except OSError as error:
-        raise RankFlowError(f"{path} cannot be read: {error}") from error
+        raise RankFlowError(
+            f"{path} cannot be read: {error.strerror or error}; save or copy the adapter again"
+        ) from error
     except SafetensorError as error:
         raise RankFlowError(f"{path} is damaged: {error}; save or copy it again") from error
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rankflow.errors import ExportError
+from rankflow.errors import ExportError, brief
 from rankflow.export.inspect import WEIGHTS, inspect_adapter
 
 _CLASSES: Final = {
@@ -69,10 +69,10 @@ def load_adapted(adapter: Path, base_model: str | None = None) -> PeftModel:
         base = _load_base(adapter, name)
         with without_repeated_notes():
             return PeftModel.from_pretrained(base, adapter)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExportError(
-            f"cannot load the adapter {adapter} on the base model {name!r}: {error}; name another "
-            "one with --base"
+            f"cannot load the adapter {adapter} on the base model {name!r}: {brief(error)}; name "
+            "another one with --base"
         ) from error
 
 

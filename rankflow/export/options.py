@@ -1,5 +1,6 @@
 """What can be asked of an export."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
@@ -10,6 +11,7 @@ from rankflow.export.formats import FORMATS, Format
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SIZE: Final = re.compile(r"\d+(\.\d+)? ?(KB|MB|GB|TB)", re.IGNORECASE)
 DTYPES: Final = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -55,5 +57,9 @@ class ExportOptions:
             raise ExportError(f"rank is {self.rank}; it must be at least 1")
         if self.max_error is not None and not 0 < self.max_error < 1:
             raise ExportError(f"max_error is {self.max_error}; it is a share between 0 and 1")
+        if self.max_shard_size is not None and not _SIZE.fullmatch(self.max_shard_size):
+            raise ExportError(
+                f"max_shard_size is {self.max_shard_size!r}; it must be a size such as 5GB or 200MB"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ExportError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")

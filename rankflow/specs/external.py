@@ -9,7 +9,9 @@ import typing
 import warnings
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rankflow.specs.reading import ABSENT, Fault, check_value, unknown_key
 
@@ -19,6 +21,19 @@ _ADAPTER_OWNED: Final = {
 }
 _TRAIN_OWNED: Final = {
     "seed": "is set at the top of the file, for everything at once; move it there"
+}
+
+# What transformers does not look at before the first step, or not at all.
+_TRAIN_RANGES: Final[Mapping[str, Any]] = {
+    "adam_beta1": Annotated[float, Field(ge=0, lt=1)],
+    "adam_beta2": Annotated[float, Field(ge=0, lt=1)],
+    "dataloader_num_workers": NonNegativeInt,
+    "gradient_accumulation_steps": PositiveInt,
+    "learning_rate": PositiveFloat,
+    "max_grad_norm": Annotated[float, Field(ge=0)],
+    "per_device_eval_batch_size": PositiveInt,
+    "per_device_train_batch_size": PositiveInt,
+    "weight_decay": Annotated[float, Field(ge=0)],
 }
 
 # PEFT takes more than it annotates: "pissa_niter_16", and lists where it says tuples.
@@ -47,6 +62,9 @@ def check_train(table: Mapping[str, Any]) -> list[Fault]:
     from transformers import TrainingArguments
 
     faults = _check_fields(TrainingArguments, table, _TRAIN_OWNED)
+    if not faults:
+        for key in _TRAIN_RANGES.keys() & table.keys():
+            faults += check_value(key, _TRAIN_RANGES[key], table[key])
     if not faults and table.get("max_steps", -1) <= 0 and table.get("num_train_epochs", 1) <= 0:
         lengths = {key: table.get(key, ABSENT) for key in ("max_steps", "num_train_epochs")}
         faults.append(Fault(lengths, "trains no step; one of them must be above 0"))

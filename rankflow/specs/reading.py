@@ -152,9 +152,13 @@ def read_toml(path: Path) -> Table:
     except tomllib.TOMLDecodeError as error:
         raise SpecError(f"{path} is not valid TOML: {error}") from error
     except UnicodeDecodeError as error:
-        raise SpecError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+        raise SpecError(
+            f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from error
     except OSError as error:
-        raise SpecError(f"{path} cannot be read: {error.strerror}") from error
+        raise SpecError(
+            f"{path} cannot be read: {error.strerror}; name a TOML file that exists"
+        ) from error
 
 
 def raise_faults(source: str, faults: list[Fault]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 
-from rankflow.errors import SpecError
+from rankflow.adapters.stock import check_initialisation
+from rankflow.errors import SpecError, brief
 from rankflow.specs.run import ModelSpec
 from rankflow.training.models import BaseModel
 
@@ -21,7 +22,9 @@ def add_adapter(base: BaseModel, spec: ModelSpec | None, adapter: Mapping[str, A
 
     Raises:
         SpecError: PEFT refuses the adapter, e.g. because no module has a target's name.
+        SiteError: Its initialisation moves part of the base weights into it.
     """
+    check_initialisation(adapter.get("init_lora_weights", True), "default")
     full = {*(adapter.get("modules_to_save") or ()), *base.full_modules}
     config = LoraConfig(
         task_type=task_type(spec), **{**adapter, "modules_to_save": sorted(full) or None}
@@ -36,8 +39,9 @@ def add_adapter(base: BaseModel, spec: ModelSpec | None, adapter: Mapping[str, A
         return get_peft_model(base.model, config)
     except (TypeError, ValueError) as error:
         raise SpecError(
-            f"[adapter] target_modules = {adapter.get('target_modules')!r}: {error} The linear "
-            f"modules of {name} are called {', '.join(sorted(linear))}"
+            f"[adapter]: PEFT refuses it: {brief(error)}; target_modules = "
+            f"{adapter.get('target_modules')!r}, and the linear modules of {name} are called "
+            f"{', '.join(sorted(linear))}"
         ) from error
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rankflow.errors import RankFlowError, SpecError
+from rankflow.errors import RankFlowError, SpecError, brief
 from rankflow.quiet import quiet_libraries
 from rankflow.specs.run import BUILT_IN_MODEL, ModelSpec
-from rankflow.training.locating import count_positions, locate
+from rankflow.training.locating import count_positions, has_words, locate, reads_both_ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def load_base_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _refusal(spec, error) from error
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     check_vocabulary(model, tokenizer)
@@ -102,7 +103,7 @@ def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
     """Load the model's configuration, with the classes of the task written into it.
 
     Raises:
-        SpecError: There is no such model.
+        SpecError: There is no such model, or it cannot do the task.
     """
     settings: dict[str, Any] = {}
     if spec.attention is not None:
@@ -114,9 +115,15 @@ def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(locate(spec.name), revision=spec.revision, **settings)
     except (OSError, ValueError) as error:
         raise SpecError(
-            f"[model] name = '{spec.name}': {error}; give '{BUILT_IN_MODEL}', a folder that "
+            f"[model] name = '{spec.name}': {brief(error)}; give '{BUILT_IN_MODEL}', a folder that "
             "`save_pretrained` wrote, or a hub id (which needs a connection or a filled cache)"
         ) from error
+    if spec.task == "causal-lm" and reads_both_ways(config):
+        raise SpecError(
+            f"[model] name = '{spec.name}', task = 'causal-lm': a {config.model_type} reads in "
+            "both directions and would see the words that it has to predict; choose a model that "
+            "reads from left to right, or another task"
+        )
     if not labels:
         config.use_cache = False  # of use in generation only
     return config
@@ -135,9 +142,14 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise SpecError(
-            f"[model] name = '{spec.name}': no tokenizer ({error}); put the model's tokenizer "
-            "files into its folder"
+            f"[model] name = '{spec.name}': no tokenizer ({brief(error)}); put the model's "
+            "tokenizer files into its folder"
         ) from error
+    if not has_words(tokenizer):
+        raise SpecError(
+            f"[model] name = '{spec.name}': its tokenizer has no word, only special tokens; put "
+            "the model's tokenizer files into its folder"
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise RankFlowError(
@@ -196,10 +208,13 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def _refusal(spec: ModelSpec, error: Exception) -> SpecError:
     if spec.attention is None:
-        return SpecError(f"[model] name = '{spec.name}': {error}")
+        return SpecError(
+            f"[model] name = '{spec.name}', task = '{spec.task}': {brief(error)}; give a whole "
+            "model that transformers knows for this task"
+        )
     return SpecError(
-        f"[model] name = '{spec.name}', attention = '{spec.attention}': {error}; where it is the "
-        "attention that this model or machine lacks, leave the key out"
+        f"[model] name = '{spec.name}', attention = '{spec.attention}': {brief(error)}; where "
+        "it is the attention that this model or machine lacks, leave the key out"
     )
 
 

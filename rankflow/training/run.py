@@ -26,7 +26,7 @@ from rankflow.training.run_folder import (
     start_folder,
     write_json,
 )
-from rankflow.training.trainer import make_trainer
+from rankflow.training.trainer import make_trainer, start_training
 
 
 def train(spec: RunSpec, *, console: Console) -> RunResult:
@@ -48,13 +48,13 @@ def train(spec: RunSpec, *, console: Console) -> RunResult:
     with quiet_libraries():
         args = make_arguments(spec)
         job = prepare(spec, args.device, console)
+        trainer = make_trainer(spec, job, args)
         if args.resume_from_checkpoint is None:
             aside = start_folder(folder, spec)
             if aside is not None:
                 console.print(
                     f"output      an earlier run moved to {aside}", highlight=False, soft_wrap=True
                 )
-        trainer = make_trainer(spec, job, args)
         trainer.remove_callback(PrinterCallback)  # the console tells what there is to tell
         baseline = job.baseline or _measure_base_model(trainer, job)
         _train_under_bar(trainer, console)
@@ -73,7 +73,7 @@ def _train_under_bar(trainer: RankFlowTrainer, console: Console) -> None:
     bar = ProgressBar(console, trainer.rankflow)
     trainer.add_callback(bar)
     try:
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        start_training(trainer, trainer.args.resume_from_checkpoint)
     finally:
         bar.close()
 

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 
-from rankflow.errors import RankFlowError, SpecError
+from rankflow.errors import RankFlowError, SpecError, brief
 from rankflow.specs.run import BUILT_IN_DATA, DataSpec
 from rankflow.training.docstrings import load_docstrings
 
@@ -106,7 +106,10 @@ def _load_file(path: Path) -> Dataset:
         return load_dataset(reader, data_files={"train": str(path)}, split="train")
     except (DatasetsError, ValueError, OSError) as error:
         cause = error.__cause__ or error
-        raise RankFlowError(f"{path}: cannot be read as {path.suffix[1:]}: {cause}") from error
+        raise RankFlowError(
+            f"{path}: cannot be read as {path.suffix[1:]}: {brief(cause)}; "
+            "mend the file, or name another"
+        ) from error
 
 
 def _join(parts: list[Dataset], paths: tuple[Path, ...]) -> Dataset:
@@ -127,7 +130,7 @@ def _load_hub(name: str, config: str | None, streaming: bool) -> DatasetDict:
         return load_dataset(name, config, streaming=streaming)
     except (DatasetsError, ValueError, OSError) as error:
         raise SpecError(
-            f"[data] name: cannot load '{name}': {error}; the built-in data set is "
+            f"[data] name: cannot load '{name}': {brief(error)}; the built-in data set is "
             f"'{BUILT_IN_DATA}', a hub id needs a connection or a filled cache, and files go under "
             "[data] train, validation and test"
         ) from error

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from rankflow.integrations.huggingface import RankFlowTrainer, Sink
 from rankflow.specs.run import RunSpec
+from rankflow.training.arguments import refusal, refusals
 from rankflow.training.job import Job
 from rankflow.training.metrics import measure_predictions
 from rankflow.training.pooling import TokenPooling, pool
@@ -69,7 +70,11 @@ def pooled_loss(
 def make_trainer(
     spec: RunSpec, job: Job, args: TrainingArguments, sinks: Sequence[Sink] | None = None
 ) -> RankFlowTrainer:
-    """Build the trainer that the task needs; ``sinks`` are those of ``RankFlowCallback``."""
+    """Build the trainer that the task needs; ``sinks`` are those of ``RankFlowCallback``.
+
+    Raises:
+        SpecError: ``[train]`` asks for what the rows or the machine do not have.
+    """
     arguments = {
         "model": job.model,
         "args": args,
@@ -80,6 +85,21 @@ def make_trainer(
         "budget": spec.budget,
         "sinks": sinks,
     }
-    if spec.model.task == "sequence-classification" and spec.model.pooling != "model":
-        return PooledTrainer(pooling=spec.model.pooling, **arguments)
-    return RankFlowTrainer(**arguments)
+    with refusals():
+        if spec.model.task == "sequence-classification" and spec.model.pooling != "model":
+            return PooledTrainer(pooling=spec.model.pooling, **arguments)
+        return RankFlowTrainer(**arguments)
+
+
+def start_training(trainer: RankFlowTrainer, resume_from: str | None = None) -> None:
+    """Train from the first step, or from a checkpoint's, to the last.
+
+    Raises:
+        SpecError: ``[train]`` asks for an optimizer, a schedule or a kernel that is not there.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+    except (ValueError, ImportError) as error:
+        if trainer.rankflow.flow is not None:  # it had begun
+            raise
+        raise refusal(error) from error

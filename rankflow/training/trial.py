@@ -19,7 +19,7 @@ from rankflow.memory import storage_bytes
 from rankflow.specs.run import RunSpec
 from rankflow.training.arguments import make_arguments
 from rankflow.training.job import Job
-from rankflow.training.trainer import make_trainer
+from rankflow.training.trainer import make_trainer, start_training
 
 Count = Callable[[Callable[[], None], Iterable[Tensor]], int]
 """Runs a computation and returns the most bytes that tensors hold at a time: those that it makes,
@@ -73,7 +73,7 @@ def run_trial(spec: RunSpec, job: Job, count: Count) -> StepMemory:
 
         def train() -> None:
             with suppress(_EnoughError):
-                trainer.train()
+                start_training(trainer)
 
         peak = count(train, _tensors(job.model))
         assert trainer.rankflow.flow is not None  # the steps are done

@@ -176,7 +176,7 @@ def broken(folder, kind):
     ("kind", "error", "match"),
     [
         ("another kind", RankFlowError, "has peft_type 'IA3'"),
-        ("no folder", RankFlowError, "cannot be read"),
+        ("no folder", RankFlowError, "holds no adapter_config.json"),
         ("no weights", RankFlowError, "cannot be read"),
         ("moved base", ExportError, "init_lora_weights='pissa'"),
         ("trained biases", ExportError, "bias='lora_only'"),

@@ -112,11 +112,21 @@ def test_ranks_are_those_of_the_tensors_even_where_the_configuration_differs(tmp
 A = {"base_model.model.q.lora_A.weight": (2, 7)}
 
 
-@pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
-def test_a_missing_file_is_named(missing, tmp_path):
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [(CONFIG, f"holds no {CONFIG}; name an"), (WEIGHTS, f"{WEIGHTS} cannot be read: No such file")],
+)
+def test_a_missing_file_is_named(missing, message, tmp_path):
     write_adapter(tmp_path, A)
     (tmp_path / missing).unlink()
-    with pytest.raises(RankFlowError, match=f"{missing} cannot be read: No such file"):
+    with pytest.raises(RankFlowError, match=message):
+        inspect_adapter(tmp_path)
+
+
+def test_the_adapter_of_a_run_is_pointed_to(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    write_adapter(tmp_path / "adapter", A)
+    with pytest.raises(RankFlowError, match=r"did you mean .*/adapter\?"):
         inspect_adapter(tmp_path)
 
 

@@ -300,7 +300,7 @@ def test_a_file_that_is_not_toml_is_named_with_the_place(tmp_path, text, trouble
 
 def test_a_missing_file_is_named(tmp_path):
     assert faults_of(tmp_path / "none.toml")[2].endswith(
-        "none.toml cannot be read: No such file or directory"
+        "none.toml cannot be read: No such file or directory; name a TOML file that exists"
     )
 
 

@@ -198,5 +198,5 @@ def test_the_head_trains_in_full_and_is_no_site(bert_folder):
 
 def test_targets_that_no_module_has_are_refused(bert_folder):
     spec = classifier(bert_folder)
-    with pytest.raises(SpecError, match=r"= \['nowhere'\]: .* called .*dense, key, query"):
+    with pytest.raises(SpecError, match=r"= \['nowhere'\], .* called .*dense, key, query"):
         add_adapter(load_base_model(spec, LABELS), spec, {"target_modules": ["nowhere"]})

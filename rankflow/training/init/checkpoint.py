@@ -10,19 +10,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafete
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from rankflow.errors import SpecError
+from rankflow.errors import SpecError, brief
 from rankflow.export.report import measure_files
 from rankflow.specs.run import BUILT_IN_MODEL, Pooling
-from rankflow.training.locating import count_positions, locate
+from rankflow.training.locating import count_positions, has_words, locate, reads_both_ways
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
 
 _HEADED: Final = "ForSequenceClassification"
-_DECODING: Final = ("ForCausalLM", "LMHeadModel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +60,14 @@ def read_checkpoint(name: str, template: Path | None) -> Checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise SpecError(
-            f"--model {name}: {error}; give '{BUILT_IN_MODEL}', a folder with a model and its "
-            "tokenizer, or a hub id (which needs a connection or a filled cache)"
+            f"--model {name}: {brief(error)}; give '{BUILT_IN_MODEL}', a folder with a model and "
+            "its tokenizer, or a hub id (which needs a connection or a filled cache)"
         ) from error
+    if not has_words(tokenizer):
+        raise SpecError(
+            f"--model {name}: its tokenizer has no word, only special tokens; put the model's "
+            "tokenizer files into its folder"
+        )
     if template is not None:
         if not template.is_file():
             raise SpecError(f"--chat-template {template}: no such file")
@@ -84,10 +87,9 @@ def read_checkpoint(name: str, template: Path | None) -> Checkpoint:
 def _family(name: str, config: PretrainedConfig) -> Family:
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    is_decoder = getattr(config, "is_decoder", False) or _architecture(config).endswith(_DECODING)
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
+    if reads_both_ways(config):
         return "encoder"
-    if is_decoder or config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "decoder"
     raise SpecError(
         f"--model {name}: '{config.model_type}' is no language model; rankflow train takes models "
