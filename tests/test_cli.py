@@ -285,6 +285,13 @@ def test_the_ranks_of_two_folders_are_compared(adapter, run_folder, tmp_path):
     assert file.read_bytes().startswith(PNG_SIGNATURE)
 
 
+def test_a_script_gets_the_difference_as_json(adapter, run_folder):
+    shown = read_json(run_command("inspect", "--diff", run_folder, adapter, "--json"))
+    assert shown["only_b"] == {"layers.0.v": 1}
+    assert set(shown["ranks"].values()) == {-1, -9}
+    assert shown["gained"] == [] or shown["lost"] == []
+
+
 @pytest.mark.parametrize("arguments", [(), ("here", "--diff", "a", "b")])
 def test_inspect_wants_one_folder_or_two_to_compare(arguments):
     result = run_command("inspect", *arguments)

@@ -71,7 +71,7 @@ def check_told(result, told):
         ("export run --output foreign", "holds no adapter, so it is not replaced; choose another"),
         ("export run --output file", "file is a file, and an adapter is a folder; choose another"),
         ("export run --output file/out", "a file lies where a folder is meant; name another path"),
-        ("compress nowhere --output out --rank 1", "name an adapter's folder, or a hub id"),
+        ("compress nowhere --output out --rank 1", "fetch the adapter while there is a connection"),
         ("compress run --output out --rank 1", "no adapter_config.json; did you mean run/adapter?"),
         ("compress empty --output out --rank 1", "name an adapter's folder"),
         ("compress run/adapter --output out", "say how much may be left: --budget, --rank"),

@@ -7,12 +7,12 @@ from rich.console import Console
 from rankflow.errors import RankFlowError
 from rankflow.export.card import tell_storage
 from rankflow.export.inspect import CONFIG, inspect_adapter
-from rankflow.report.difference import Allocation, allocation_after, find_difference
+from rankflow.report.difference import Allocation, Difference, allocation_after, find_difference
 from rankflow.report.difference_table import difference_table, tell_unshared, totals_table
 from rankflow.report.events import EVENTS_FILE, read_run
 
 
-def compare_folders(a: Path, b: Path, *, png: Path | None, console: Console) -> None:
+def compare_folders(a: Path, b: Path, *, png: Path | None, console: Console) -> Difference:
     """Print how the ranks of two runs or adapters differ, and draw it if asked for.
 
     A run counts what it trained after its last event, an adapter what its file holds.
@@ -22,6 +22,9 @@ def compare_folders(a: Path, b: Path, *, png: Path | None, console: Console) -> 
         b: The other one; differences are B - A.
         png: A file for the heatmap.
         console: Where to print.
+
+    Returns:
+        What was printed.
 
     Raises:
         RankFlowError: A folder holds neither a run nor an adapter.
@@ -44,6 +47,7 @@ def compare_folders(a: Path, b: Path, *, png: Path | None, console: Console) -> 
 
         difference_heatmap(difference, title=f"Rank: {b} - {a}").savefig(png)
         console.print(f"\nHeatmap written to {png}", soft_wrap=True)
+    return difference
 
 
 def read_allocation(folder: Path) -> Allocation:
