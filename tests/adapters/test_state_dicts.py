@@ -14,8 +14,8 @@ from rankflow.adapters.magnitude import empty_magnitude
 from rankflow.adapters.sites import find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import sync_config
-from rankflow.export.inspect import inspect_adapter
-from rankflow.export.peft import FACTS, export_adapter
+from rankflow.export.inspect import FACTS, inspect_adapter
+from rankflow.export.peft import export_adapter
 
 # Rank and whether the magnitude is on; every kind of layer has one site in each state.
 STATES = list(product((0, 2), (False, True)))
