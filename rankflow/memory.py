@@ -64,7 +64,8 @@ class _Tally(TorchDispatchMode):
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
-        self._living: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._young: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._old: dict[int, tuple[StorageWeakRef, int]] = {}  # there at the last peak
         self._live = 0  # bytes, those freed since the last look included
         for tensor in held:
             self._add(tensor)
@@ -80,20 +81,24 @@ class _Tally(TorchDispatchMode):
             if tensor.untyped_storage()._cdata not in given:
                 self._add(tensor)
         if self._live > self.peak:
-            self._forget_freed()
+            self._forget_freed(self._young)
+        if self._live > self.peak:  # only now are the weights worth a look
+            self._old |= self._young
+            self._young = {}
+            self._forget_freed(self._old)
             self.peak = max(self.peak, self._live)
         return result
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._living:
-            self._living[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        if storage._cdata not in self._young and storage._cdata not in self._old:
+            self._young[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             self._live += storage.nbytes()
 
-    def _forget_freed(self) -> None:
-        freed = [key for key, (reference, _) in self._living.items() if reference.expired()]
+    def _forget_freed(self, storages: dict[int, tuple[StorageWeakRef, int]]) -> None:
+        freed = [key for key, (reference, _) in storages.items() if reference.expired()]
         for key in freed:
-            self._live -= self._living.pop(key)[1]
+            self._live -= storages.pop(key)[1]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
