@@ -70,7 +70,8 @@ def resolve_budget(
     if spec.magnitude == "budgeted" and len(pools) == len(sites):
         raise BudgetError(
             "magnitude = 'budgeted' needs DoRA's magnitudes, and this adapter has none; make it "
-            "with use_dora=True (under [adapter] in a run spec), or leave the key out"
+            "with LoraConfig(use_dora=True) (in a run spec, use_dora = true under [adapter]), or "
+            "leave the key out"
         )
     for name, limit in (("target", target), ("start", start)):
         _check_range(name, pools, limit)

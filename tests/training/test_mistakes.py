@@ -99,7 +99,7 @@ def test_a_file_that_is_no_run_spec(file, told, desk):
         ("budget.rank=two", "must be a valid number"),
         ("budget.rank=100", "hold at most 7,168 (their maximum ranks); choose a budget in between"),
         ("budget.preset=hybird", "did you mean 'hybrid'?"),
-        ("budget.magnitude=budgeted", "make it with use_dora=True (under [adapter] in a run spec)"),
+        ("budget.magnitude=budgeted", "in a run spec, use_dora = true under [adapter]"),
         ("model.name=./nowhere", "no such folder; must be 'minilm', a folder, or a hub id"),
         ("model.name=org/nowhere", "a hub id (which needs a connection or a filled cache)"),
         ("model.name=file", "give 'minilm', a folder that `save_pretrained` wrote"),
