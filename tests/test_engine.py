@@ -1070,7 +1070,7 @@ def test_magnitudes_of_plain_lora_can_be_left_out_of_the_budget(magnitude):
 
 def test_budgeted_magnitudes_of_plain_lora_are_refused_with_the_remedy():
     model = make_model()
-    with pytest.raises(BudgetError, match=r"adapter has none; make it with LoraConfig\(use_dora=True\)"):
+    with pytest.raises(BudgetError, match=r"has none; make it with LoraConfig\(use_dora=True\)"):
         RankFlow(model, BudgetSpec(**BUDGETED["prune"]), STEPS)
     assert set(ranks_in(model).values()) == {4}
 

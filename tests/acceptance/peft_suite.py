@@ -1,6 +1,34 @@
 """PEFT's own tests, on adapters that RankFlow has steered.
 
-TODO figures
+    HF_HUB_OFFLINE=1 python tests/acceptance/peft_suite.py PEFT_SOURCES
+
+PEFT_SOURCES holds ``setup.py`` and ``tests/`` of the installed PEFT: a checkout of its tag, or its
+unpacked source distribution. The tests want ``parameterized``. Every LoRA or DoRA adapter that a
+test makes is attached to a ``RankFlow`` whose events change its ranks before the test goes on, in
+three scenes (``steering.py``). A row passes if it passes so and the scene came about; it must if it
+passes on stock PEFT here, unless ``exclusions.py`` gives a reason. The exit code is 1 if one does
+not, if an excluded row passes after all, or if an exclusion is of no use.
+
+Figures of 2026-11-27, PEFT 0.21.2 (source distribution), torch 2.13 on a CPU, no model hub. No run
+of all files with the exclusions as they stand was finished; these are of single files:
+
+* ``test_initialization.py``, by this script: of 402 rows stock PEFT passes 368. Ranks changed in 80
+  rows that pass (a site of rank 0 in 33, a magnitude off in 2); 92 are excluded, none fails. Of the
+  80 and the 33, 14 and 8 were excluded then, by patterns that were too wide and are narrower now.
+* ``test_custom_models.py``: of 2,829 rows stock PEFT passes 2,688.
+
+  ==============  ======  ==========  ===========  ==========  ======
+  scene           passed  not counted  no adapter  excluded    failed
+  ==============  ======  ==========  ===========  ==========  ======
+  uneven           1,456           0           93       1,087      41
+  dead               731         685           93       1,132      46
+  ==============  ======  ==========  ===========  ==========  ======
+
+  "Not counted" passed on an adapter that cannot show the scene. Of the failures 9 in each scene are
+  kinds that RankFlow refuses, 26 load what was saved by the test's own ``LoraConfig``, which states
+  other ranks, 5 want a correlation that sums of rank 8 have, and the others want more movement from
+  a few steps, or an adapter at a dead site. They are in ``exclusions.py`` now, as 12 excluded rows
+  that passed are no longer; the script has not run since. Magnitudes turned off were only begun.
 """
 
 import argparse
