@@ -18,6 +18,16 @@ def brief(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(". ")
 
 
+def excerpt(value: object) -> str:
+    """Return a value as it is written in Python, up to 40 characters of it.
+
+    >>> excerpt("short"), len(excerpt("long" * 20))
+    ("'short'", 43)
+    """
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
 class SpecError(RankFlowError):
     """A spec (budget, run, or ablation) is wrong; all faults of it are listed at once."""
 

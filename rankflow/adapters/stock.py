@@ -23,8 +23,7 @@ def check_trainable(model: PeftModel, adapter_name: str, sites: Sequence[Site]) 
             weights, or its components cancel out only all together.
     """
     config = model.peft_config[adapter_name]
-    check_initialisation(config.init_lora_weights, adapter_name)
-    check_biases(config.bias, adapter_name)
+    check_base(config.init_lora_weights, config.bias, adapter_name)
     if config.init_lora_weights == "orthogonal":
         raise SiteError(
             f"adapter {adapter_name!r} was made with init_lora_weights='orthogonal', whose "
@@ -57,16 +56,18 @@ def check_initialisation(init: object, adapter_name: str) -> None:
         )
 
 
-def check_biases(bias: str, adapter_name: str) -> None:
-    """Check that an adapter leaves the biases of the base model alone.
+def check_base(init: object, bias: str, adapter_name: str) -> None:
+    """Check that an adapter leaves the base model's weights and biases alone.
 
     Args:
+        init: ``init_lora_weights`` of its config.
         bias: ``bias`` of its config.
         adapter_name: The adapter.
 
     Raises:
         SiteError: It does not.
     """
+    check_initialisation(init, adapter_name)
     if bias != "none":
         raise SiteError(
             f"adapter {adapter_name!r} was made with bias={bias!r}, which trains biases of the "

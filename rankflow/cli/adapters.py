@@ -33,30 +33,23 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show the ranks of a run or of an adapter, or how those of two differ."""
-    if diff is not None and path is None:
-        from rankflow.export.compare import compare_folders
+    from rankflow.export.compare import compare_folders, holds_adapter
 
+    if diff is not None and path is None:
         answer(lambda: compare_folders(*diff, png=png, console=Console()), as_json)
         return
     if path is None or diff is not None:
         raise RankFlowError("name one folder, or two of them behind --diff")
-    from rankflow.export.inspect import CONFIG
-    from rankflow.report.events import EVENTS_FILE
 
     def show() -> object:
         console = Console()
         found: AdapterSummary | dict[str, list[RankEvent]]
-        if (path / CONFIG).is_file():
+        if holds_adapter(path):
             found = _show_adapter(console, path)
             ranks, magnitudes = found.ranks, None
-        elif (path / EVENTS_FILE).is_file():
+        else:
             found = {"events": _show_run(console, path)}
             ranks, magnitudes = found["events"][-1].ranks, found["events"][-1].magnitudes
-        else:
-            raise RankFlowError(
-                f"{path} holds neither {CONFIG} nor {EVENTS_FILE}; name the folder of an adapter "
-                "or a run"
-            )
         if png is not None:
             from rankflow.report.heatmap import rank_heatmap
 

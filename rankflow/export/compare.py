@@ -56,14 +56,25 @@ def read_allocation(folder: Path) -> Allocation:
     Raises:
         RankFlowError: The folder holds neither.
     """
-    if (folder / CONFIG).is_file():
+    if holds_adapter(folder):
         summary = inspect_adapter(folder)
         magnitudes = frozenset(site.name for site in summary.sites if site.has_magnitude)
         trained, stored = summary.trained_parameters, summary.parameters
         note = "" if trained in (None, stored) else tell_storage(trained, stored)
         return Allocation(summary.ranks, magnitudes, stored, note)
+    return allocation_after(read_run(folder)[-1])
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Tell the folder of an adapter from that of a run.
+
+    Raises:
+        RankFlowError: It is neither.
+    """
+    if (folder / CONFIG).is_file():
+        return True
     if (folder / EVENTS_FILE).is_file():
-        return allocation_after(read_run(folder)[-1])
+        return False
     raise RankFlowError(
         f"{folder} holds neither {CONFIG} nor {EVENTS_FILE}; name the folder of an adapter or a run"
     )

@@ -17,7 +17,7 @@ from rankflow.adapters.base_weight import base_rows, count_base_parameters
 from rankflow.adapters.magnitude import empty_magnitude
 from rankflow.adapters.sites import Site, find_sites
 from rankflow.adapters.state_dicts import translate_state_dicts
-from rankflow.adapters.stock import check_biases, check_initialisation, sync_config
+from rankflow.adapters.stock import check_base, sync_config
 from rankflow.errors import ExportError, SpecError
 from rankflow.export.calibrate import Loss, loss_scores
 from rankflow.export.compression import Compression, Request
@@ -85,8 +85,7 @@ def compress(
 
 def _check_sites(model: PeftModel, sites: Sequence[Site], adapter_name: str) -> None:
     config = model.peft_config[adapter_name]
-    check_initialisation(config.init_lora_weights, adapter_name)
-    check_biases(config.bias, adapter_name)
+    check_base(config.init_lora_weights, config.bias, adapter_name)
     for site in sites:
         if site.gate is not None:
             raise ExportError(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rankflow.adapters.stock import check_biases, check_initialisation, exactly, plain_alpha
+from rankflow.adapters.stock import check_base, exactly, plain_alpha
 from rankflow.errors import BudgetError, ExportError, RankFlowError, SiteError
 from rankflow.export.compression import Compression, Request
 from rankflow.export.decide import Adapter, Decision, Remainder, decide
@@ -140,8 +140,7 @@ def compress_folder(
 
 def _check_config(config: Mapping[str, Any], source: Path) -> None:
     try:
-        check_initialisation(config.get("init_lora_weights"), source.name)
-        check_biases(config.get("bias", "none"), source.name)
+        check_base(config.get("init_lora_weights"), config.get("bias", "none"), source.name)
     except SiteError as error:
         raise ExportError(str(error)) from error
     for key in ("lora_bias", "target_parameters", "alora_invocation_tokens", "layer_replication"):

@@ -52,6 +52,15 @@ class Difference:
         return max([1, *map(abs, self.ranks.values())])
 
 
+def signed(change: int) -> str:
+    """Write a difference of ranks.
+
+    >>> signed(2), signed(0), signed(-1)
+    ('+2', '0', '-1')
+    """
+    return f"{change:+}" if change else "0"
+
+
 def find_difference(a: Allocation, b: Allocation) -> Difference:
     """Compare two allocations.
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rich.table import Table
 from rich.text import Text
 
-from rankflow.report.difference import Allocation, Difference
+from rankflow.report.difference import Allocation, Difference, signed
 from rankflow.report.layout import lay_out
 from rankflow.report.palette import difference_shade
 from rankflow.report.text_grid import TextCell, TextGrid, draw_text_grid
@@ -32,7 +32,7 @@ def difference_table(difference: Difference, *, width: int = 80) -> Text:
     marked = bool(difference.gained or difference.lost)
     cells = {
         site: TextCell(
-            f"{change:+}" if change else "0",
+            signed(change),
             _mark(difference, site) if marked else "",
             difference_shade(change, difference.largest),
         )

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from rankflow.report.difference import Difference
+from rankflow.report.difference import Difference, signed
 from rankflow.report.grid_figure import ColourBar, Dot, Meanings, PaintedCell, draw_grid
 from rankflow.report.layout import lay_out
 from rankflow.report.palette import (
@@ -102,9 +102,7 @@ def difference_heatmap(difference: Difference, *, title: str = "Rank, B - A") ->
     dots: dict[str, Dot] = dict.fromkeys(difference.gained, "filled")
     dots |= dict.fromkeys(difference.lost, "hollow")
     painted = {
-        site: PaintedCell(
-            difference_shade(change, top), f"{change:+}" if change else "0", dots.get(site)
-        )
+        site: PaintedCell(difference_shade(change, top), signed(change), dots.get(site))
         for site, change in difference.ranks.items()
     }
     for letter, only in (("A", difference.only_a), ("B", difference.only_b)):

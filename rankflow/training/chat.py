@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rankflow.errors import RankFlowError, SpecError
+from rankflow.errors import RankFlowError, SpecError, excerpt
 from rankflow.specs.run import LossOn
 from rankflow.training.messages import LEARNER, Message
 
@@ -160,8 +160,7 @@ class Conversation:
         return texts[0], marks[0] if marks else []
 
     def _error(self, what: str) -> RankFlowError:
-        begin = repr(self._messages[0].get("content"))
-        begin = begin if len(begin) <= 40 else f"{begin[:40]}..."
+        begin = excerpt(self._messages[0].get("content"))
         return RankFlowError(f"the chat template, on the conversation that begins {begin}: {what}")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from rankflow.errors import RankFlowError
+from rankflow.errors import RankFlowError, excerpt
 from rankflow.specs.run import LossOn
 from rankflow.training.sources import Split
 
@@ -62,8 +62,8 @@ def present(value: Any) -> Any:
 def _faults(value: object) -> Iterator[str]:
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         yield (
-            f"a list of messages is needed and this is {_show(value)}; columns of strings go under "
-            "[data] text and target"
+            f"a list of messages is needed and this is {excerpt(value)}; columns of strings go "
+            "under [data] text and target"
         )
         return
     for number, message in enumerate(value, start=1):
@@ -76,11 +76,6 @@ def _faults(value: object) -> Iterator[str]:
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and has_calls):
             yield (
-                f"message {number} has the content {_show(content)}; it must be a string, which "
+                f"message {number} has the content {excerpt(content)}; it must be a string, which "
                 "may be empty"
             )
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
