@@ -165,12 +165,13 @@ def print_plan(ablation: Ablation, console: Console) -> AblationPlan:
     return plan
 
 
-def print_methods(console: Console) -> None:
-    """List the methods that a spec can name."""
+def print_methods(console: Console) -> dict[str, str]:
+    """List the methods that a spec can name; return what each is, by name."""
     table = Table("method", "what it is", "source", box=None, pad_edge=False)
     for name, method in METHODS.items():
         table.add_row(name, method.summary, method.source)
     console.print(table)
+    return {name: method.summary for name, method in METHODS.items()}
 
 
 def _plan_place(runner: CellRunner, place: Place) -> PlacePlan:

@@ -48,7 +48,7 @@ def ablate(
     if methods:
         from rankflow.ablation.command import print_methods
 
-        print_methods(Console())
+        answer(lambda: print_methods(Console()), as_json)
         return
     if spec is None:
         raise SpecError("no spec was given; name an ablation's TOML file, or use --list")

@@ -132,6 +132,12 @@ def test_all_methods_are_listed_with_their_sources(ablate):
     assert "2405.17357" in listed.output
 
 
+def test_the_methods_are_given_to_a_script(ablate):
+    listed = ablate("--list", "--json", spec=None)
+    assert listed.exit_code == 0
+    assert json.loads(listed.stdout) == {name: m.summary for name, m in METHODS.items()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
