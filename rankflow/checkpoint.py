@@ -87,7 +87,7 @@ def check_whole(path: str | Path) -> None:
 
 def _refuse(path: str | Path, fault: str | None, purpose: str) -> None:
     if fault is not None:
-        raise CheckpointError(f"{path} cannot be {purpose}: {fault}; use another checkpoint")
+        raise CheckpointError(f"{path} cannot be {purpose}: {fault}; name another checkpoint")
 
 
 def _find_fault(path: Path) -> str | None:

@@ -246,12 +246,14 @@ class RankFlowCallback(TrainerCallback):
 
     def _default_sinks(self, args: TrainingArguments) -> list[Sink]:
         folder = Path(args.output_dir)
+        flow = self._running()
         log = EventLog(folder / EVENTS_FILE, keep=0)
-        for event in self._running().history:  # the run that is resumed may have had another folder
+        for event in flow.history:  # the run that is resumed may have had another folder
             log(event)
         sinks: list[Sink] = [log]
         if "tensorboard" in args.report_to:
-            sinks.append(TensorBoardSink(folder / "rankflow"))
+            purge_step = flow.steps + 1 if flow.steps else None
+            sinks.append(TensorBoardSink(folder / "rankflow", purge_step=purge_step))
         if self._trainer is not None:
             sinks.append(Reporters(self._trainer))
         return sinks
