@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rankflow.adapters.stock import check_base, exactly, plain_alpha
 from rankflow.errors import BudgetError, ExportError, RankFlowError, SiteError
+from rankflow.export.adapter_files import check_adapter_files
 from rankflow.export.compression import Compression, Request
 from rankflow.export.decide import Adapter, Decision, Remainder, decide
 from rankflow.export.decompose import AdaptedMatrix, Decomposition
@@ -127,7 +128,7 @@ def compress_folder(
     if source.resolve() == output.resolve():
         raise ExportError(f"{output} is the adapter itself; write the compressed one elsewhere")
     summary = inspect_adapter(source)
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config = check_adapter_files(source)
     _check_config(config, source)
     tensors = load_file(source / WEIGHTS)
     sites = tuple(_find(site, tensors) for site in summary.sites)

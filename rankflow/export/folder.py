@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from rankflow.errors import ExportError
+from rankflow.export.adapter_files import check_adapter_files
+from rankflow.export.fit import check_ranks
 from rankflow.export.formats import find_format
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, inspect_adapter
 from rankflow.export.loading import load_adapted
@@ -47,7 +49,7 @@ def export_folder(
     Raises:
         ExportError: There is no adapter in ``source``, the output holds something else, the base
             model cannot be loaded, or the format cannot say what the adapter computes.
-        RankFlowError: The adapter is damaged.
+        RankFlowError: The adapter is damaged, or its tensors are not of its configuration's ranks.
     """
     chosen, options = find_format(format), options or ExportOptions()
     options.check(chosen)
@@ -64,6 +66,8 @@ def export_folder(
 
 def _copy(adapter: Path, summary: AdapterSummary, output: Path, options: ExportOptions) -> Path:
     """Write an adapter again without its base model."""
+    check_adapter_files(adapter)
+    check_ranks(adapter, summary)
     return write_adapter(
         output,
         load_file(adapter / WEIGHTS),

@@ -11,7 +11,6 @@ Any other line that is not an event is damage, and an error.
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +18,9 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from rankflow.errors import RankFlowError
+from rankflow.errors import RankFlowError, excerpt
 from rankflow.records import RankEvent
+from rankflow.strict_json import parse_json
 
 EVENTS_FILE: Final = "events.jsonl"
 SCHEMA = 1
@@ -106,12 +106,29 @@ def decode_event(line: bytes) -> RankEvent:
     Raises:
         ValueError: The line is no JSON object, has another schema, or lacks a field.
     """
-    fields: Any = json.loads(line)
+    fields: Any = parse_json(line)
     if not isinstance(fields, dict) or "schema" not in fields:
         raise ValueError("a JSON object with the key 'schema' was expected")
     if fields["schema"] != SCHEMA:
         raise ValueError(f"its schema is {fields['schema']!r}; this version reads {SCHEMA}")
-    return _EVENT_TYPE.validate_python(fields)
+    event = _EVENT_TYPE.validate_python(fields)
+    _check(event)
+    return event
+
+
+def _check(event: RankEvent) -> None:
+    """Check what every reader of events relies on."""
+    sites = event.ranks.keys()
+    if not sites or event.ranks_before.keys() != sites:
+        raise ValueError("ranks and ranks_before are to name the same sites, at least one")
+    counts = (event.index, event.step, event.limit, event.spent_before, event.spent)
+    if min(*counts, *event.ranks.values(), *event.ranks_before.values()) < 0:
+        raise ValueError("steps, parameters and ranks are not negative")
+    named = {change.site for change in event.pruned + event.born}.union(
+        event.importance, event.magnitudes, event.parameters, event.magnitude_change
+    )
+    if not named <= sites:
+        raise ValueError(f"it has no rank of {excerpt(min(named - sites))}, which it tells of")
 
 
 def _decode_line(line: bytes, place: str) -> RankEvent:
