@@ -7,7 +7,7 @@ another one, nor tensors that are not finite.
 
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -125,20 +125,15 @@ def read_header(path: Path) -> TensorFile:
     return TensorFile(path, tensors, metadata)
 
 
-def check_finite(file: TensorFile, names: Iterable[str] | None = None) -> None:
+def check_finite(file: TensorFile) -> None:
     """Read the tensors of a file once and refuse numbers that are not finite.
-
-    Args:
-        file: The file.
-        names: The tensors to read; all by default.
 
     Raises:
         FileError: One of them holds NaN or an infinity.
     """
     buffer = bytearray(_CHUNK)
     with file.path.open("rb") as stream:
-        for name in file.tensors if names is None else names:
-            tensor = file.tensors[name]
+        for name, tensor in file.tensors.items():
             if tensor.dtype not in _NOT_FINITE:
                 continue
             kind, mask = _NOT_FINITE[tensor.dtype]

@@ -63,7 +63,7 @@ def check_fit(folder: Path, base: nn.Module, *, with_heads: bool = True) -> None
     _check_keys(folder, config)
     modules = dict(base.named_modules())
     for site in summary.sites:
-        if site.name not in modules and not config.get("target_parameters"):
+        if with_heads and site.name not in modules and not config.get("target_parameters"):
             raise ExportError(
                 f"{folder} adapts {site.name!r}, and {type(base).__name__} has no such module; "
                 "name the model that it was trained on"

@@ -18,13 +18,14 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from rankflow.errors import RankFlowError, excerpt
+from rankflow.errors import RankFlowError
 from rankflow.records import RankEvent
 from rankflow.strict_json import parse_json
 
 EVENTS_FILE: Final = "events.jsonl"
 SCHEMA = 1
 
+_REMEDY = "Restore the file from a copy, or delete this line to read the other events."
 _EVENT_TYPE = TypeAdapter(RankEvent)
 
 
@@ -87,6 +88,8 @@ def read_run(folder: str | Path) -> list[RankEvent]:
     events = read_events(path)
     if not events:
         raise RankFlowError(f"{path} holds no event yet; look again after the first one")
+    for number, event in enumerate(events, 1):
+        _check(event, f"{path}, line {number}")
     return events
 
 
@@ -111,24 +114,25 @@ def decode_event(line: bytes) -> RankEvent:
         raise ValueError("a JSON object with the key 'schema' was expected")
     if fields["schema"] != SCHEMA:
         raise ValueError(f"its schema is {fields['schema']!r}; this version reads {SCHEMA}")
-    event = _EVENT_TYPE.validate_python(fields)
-    _check(event)
-    return event
+    return _EVENT_TYPE.validate_python(fields)
 
 
-def _check(event: RankEvent) -> None:
-    """Check what every reader of events relies on."""
+def _check(event: RankEvent, place: str) -> None:
+    """Check what is shown of a run relies on: there are sites, the same ones, and no rank below 0.
+
+    Raises:
+        RankFlowError: It is not so, though each value is of its type.
+    """
     sites = event.ranks.keys()
-    if not sites or event.ranks_before.keys() != sites:
-        raise ValueError("ranks and ranks_before are to name the same sites, at least one")
-    counts = (event.index, event.step, event.limit, event.spent_before, event.spent)
-    if min(*counts, *event.ranks.values(), *event.ranks_before.values()) < 0:
-        raise ValueError("steps, parameters and ranks are not negative")
     named = {change.site for change in event.pruned + event.born}.union(
         event.importance, event.magnitudes, event.parameters, event.magnitude_change
     )
-    if not named <= sites:
-        raise ValueError(f"it has no rank of {excerpt(min(named - sites))}, which it tells of")
+    if not sites or event.ranks_before.keys() != sites or not named <= sites:
+        raise RankFlowError(f"{place}: its parts name different sites. {_REMEDY}")
+    counts = (event.index, event.step, event.limit, event.spent_before, event.spent)
+    lowest = min(*counts, *event.ranks.values(), *event.ranks_before.values())
+    if lowest < 0:
+        raise RankFlowError(f"{place}: it counts {lowest}, below 0. {_REMEDY}")
 
 
 def _decode_line(line: bytes, place: str) -> RankEvent:
@@ -136,8 +140,7 @@ def _decode_line(line: bytes, place: str) -> RankEvent:
         return decode_event(line)
     except ValueError as error:
         raise RankFlowError(
-            f"{place}: not an event of RankFlow ({_reason_of(error)}). Restore the file from a "
-            "copy, or delete this line to read the other events."
+            f"{place}: not an event of RankFlow ({_reason_of(error)}). {_REMEDY}"
         ) from error
 
 
