@@ -2,8 +2,17 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+)
 
+from rankflow.errors import excerpt
 from rankflow.records import RankEvent
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
@@ -39,7 +48,12 @@ def check_state(state: dict[str, Any]) -> None:
         ValueError: A value is missing, of another type, not finite, or there are too many or too
             few of it for the ranks.
     """
-    values = _Values.model_validate(state)
+    try:
+        values = _Values.model_validate(state)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{place} is {excerpt(fault['input'])}: {fault['msg']}") from error
     sites, components = len(values.ranks), sum(values.ranks.values())
     counts = {
         "magnitudes": (len(values.magnitudes), sites),

@@ -249,7 +249,7 @@ REFUSED = {
     ),
     "other widths": (
         lambda w: w.adapter(w.wider(), peft.LoraConfig(target_modules=["query"])),
-        r"does not fit the base model.*has the shape \(8, 32\), and \(8, 16\) fits.*name the model that was fine-tuned",
+        r"does not fit the base model.*has the shape \(8, 32\), and \(8, 16\) fits.*fine-tuned",
     ),
     "a model of other widths": (
         lambda w: w.wider().save_pretrained(w.folder),
