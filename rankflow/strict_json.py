@@ -22,6 +22,7 @@ DEEPEST: Final = 32
 
 # An unfinished string reaches to the end, so that no text is scanned twice.
 _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\Z|\\)', re.DOTALL)
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _BRACKET: Final = re.compile(rb"[\[\]{}]")
 
 
@@ -76,12 +77,15 @@ def parse_json(text: bytes, *, allow_nan: bool = False, most_values: int = MOST_
     ValueError: the key 'r' is there twice
     """
     _check_structure(text, most_values)
-    return json.loads(
+    value = json.loads(
         text.decode("utf-8"),
         object_pairs_hook=_unique,
         parse_constant=None if allow_nan else _refuse_constant,
         parse_float=None if allow_nan else _finite,
     )
+    if _SURROGATE.search(text):  # half a character, which no UTF-8 can say
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def _check_structure(text: bytes, most_values: int) -> None:

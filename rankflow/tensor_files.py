@@ -45,6 +45,7 @@ BITS: Final[Mapping[str, int]] = {
     "F64": 64,
     "C64": 64,
 }
+_REAL: Final = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
 # How a number that is not finite looks: all of these bits are set.
 _NOT_FINITE: Final = {
     "F8_E4M3": ("<u1", 0x7F),
@@ -75,8 +76,8 @@ class StoredTensor:
 
     @property
     def is_float(self) -> bool:
-        """Whether it holds real numbers."""
-        return self.dtype.startswith(("F", "BF"))
+        """Whether it holds real numbers of a type in which adapters are saved."""
+        return self.dtype in _REAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def read_header(path: Path) -> TensorFile:
         raise FileError(f"{path} cannot be read: {reason}; save or copy it again") from error
     try:
         header = parse_json(text)
-        if not isinstance(header, dict):
+        if not isinstance(header, dict) or not text.startswith(b"{"):
             raise ValueError(f"its header is {excerpt(header)} instead of an object")
         metadata = _check_metadata(header.pop("__metadata__", {}))
         tensors = {name: _check_entry(name, entry, 8 + length) for name, entry in header.items()}

@@ -19,7 +19,6 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -161,7 +160,7 @@ def _read_adapter(base: Weights, folder: Path, wanted: frozenset[str]) -> Iterat
     prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
     try:
         tensors = load_peft_weights(str(folder), device="cpu")
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # its reader may be stricter than the checks
         raise RankFlowError(f"the adapter in {folder} cannot be read: {error}") from error
     inside = {key for key in tensors if key.startswith(_ROOT)}
     for key in inside:

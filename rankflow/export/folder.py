@@ -6,10 +6,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from rankflow.errors import ExportError
-from rankflow.export.adapter_files import check_adapter_files
 from rankflow.export.fit import check_ranks
 from rankflow.export.formats import find_format
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, inspect_adapter
@@ -17,6 +14,7 @@ from rankflow.export.loading import load_adapted
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
 from rankflow.export.report import ExportReport, measure_files, write_report
+from rankflow.export.tensors import load_tensors
 from rankflow.export.tokenizer import TOKENIZER, find_tokenizer
 from rankflow.export.write import About, peft_layout, write_adapter
 from rankflow.quiet import quiet_libraries
@@ -66,11 +64,10 @@ def export_folder(
 
 def _copy(adapter: Path, summary: AdapterSummary, output: Path, options: ExportOptions) -> Path:
     """Write an adapter again without its base model."""
-    check_adapter_files(adapter)
     check_ranks(adapter, summary)
     return write_adapter(
         output,
-        load_file(adapter / WEIGHTS),
+        load_tensors(adapter),
         layout=peft_layout(lambda folder: shutil.copyfile(adapter / CONFIG, folder / CONFIG)),
         about=About(
             ranks=summary.ranks,

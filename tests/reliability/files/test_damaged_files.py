@@ -165,7 +165,7 @@ def test_a_damaged_file_of_tensors_is_refused_by_whatever_reads_an_adapter(
     damage, message = FILES[case]
     damage(copies / "adapter" / "adapter_model.safetensors", payload)
     for read in readers.values():
-        with pytest.raises(RankFlowError, match=f"{message}|holds no adapter"):
+        with pytest.raises(RankFlowError, match=f"{message}|holds no (adapter|weights)"):
             read(copies / "adapter", copies / "base")
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_state_of_a_checkpoint_is_refused(case, copies, payload):
 def test_a_pickle_beside_the_configuration_is_never_loaded(name, copies, readers, payload):
     (copies / "adapter" / "adapter_model.safetensors").unlink()
     write_pickle(copies / "adapter" / "adapter_model.bin", payload)
-    with pytest.raises(RankFlowError, match="is a pickle, which may run code|holds no adapter"):
+    with pytest.raises(RankFlowError, match=r"is a pickle, which may run code|holds no adapter"):
         readers[name](copies / "adapter", copies / "base")
 
 
@@ -324,13 +324,13 @@ def test_what_auto_classes_would_import_is_imported_by_nothing_here(copies, read
 def test_a_key_that_peft_would_drop_without_effect_is_refused(copies, readers, mark):
     path = copies / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_target_": "planted.run"}))
-    with pytest.raises(RankFlowError, match="_target_ = 'planted.run', which this version of PEFT"):
+    with pytest.raises(RankFlowError, match=r"_target_ = 'planted.run', which this version"):
         readers["load"](copies / "adapter", copies / "base")
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../x", "", ".", "a\0b"])
 def test_a_name_that_leads_out_of_a_folder_is_refused(name, tmp_path):
-    with pytest.raises(FileError, match="leads out of the folder|is no path"):
+    with pytest.raises(FileError, match=r"leads out of the folder|is no path"):
         contained(tmp_path, name)
 
 
@@ -406,7 +406,7 @@ def test_a_damaged_base_model_is_refused(case, copies, readers, payload):
 def test_a_damaged_tokenizer_is_refused(file, text, copies, readers, mark):
     (copies / "adapter" / "tokenizer_config.json").write_text("{}")
     (copies / "adapter" / file).write_text(text)
-    with pytest.raises(FileError, match="cannot be read|not valid JSON"):
+    with pytest.raises(FileError, match=r"cannot be read|not valid JSON"):
         find_tokenizer(copies / "adapter")
     with pytest.raises(FileError):
         readers["export"](copies / "adapter", copies / "base")
@@ -520,16 +520,16 @@ def test_a_hostile_header_takes_no_more_memory_than_a_few_times_the_file(case, t
 
 
 def test_the_values_that_strict_json_allows_take_a_bounded_memory():
-    text = b"[" + b"[]," * 999_998 + b"[]]"
+    text = b"[" + b"[]," * 199_999 + b"[]]"
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="values"):
-            parse_json(text)
-        assert len(parse_json(text, most_values=2_000_000)) == 999_999
+            parse_json(text, most_values=300_000)
+        assert len(parse_json(text, most_values=500_000)) == 200_000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 150 * MEGABYTE
+    assert peak < 30 * MEGABYTE
 
 
 def test_a_whole_folder_passes_every_check(copies, readers):
