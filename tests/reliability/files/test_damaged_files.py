@@ -8,18 +8,25 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from rankflow.checkpoint import STATE_FILE, load_state
 from rankflow.containment import contained
 from rankflow.errors import CheckpointError, FileError, RankFlowError
 from rankflow.export.tokenizer import find_tokenizer
+from rankflow.integrations.huggingface import RankFlowTrainer
 from rankflow.model_files import check_model
 from rankflow.report.events import EVENTS_FILE, read_run
+from rankflow.specs.budget import BudgetSpec
 from rankflow.strict_json import parse_json
 from rankflow.tensor_files import check_finite, read_header
+from rankflow.training.chat import Conversation
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
@@ -546,3 +553,42 @@ def test_nothing_loads_tensors_or_code_past_the_checks():
         text = path.read_text(encoding="utf-8")
         for call in ("torch.load(", "pickle.load", "trust_remote_code=True", "weights_only=False"):
             assert call not in text, f"{path} calls {call}"
+
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__['os'].mkdir(MARK) }}",
+    "{{ messages.__init__.__self__.append(1) }}",
+    "{% for m in messages %}{{ m.update({'role': 'x'}) }}{% endfor %}",
+    "{{ range(10 ** 9) | list }}",
+]
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_a_chat_template_does_not_leave_its_sandbox(template, mark):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})))
+    tokenizer.chat_template = template.replace("MARK", repr(str(mark)))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(RankFlowError, match="the chat template, on the conversation"):
+        Conversation(tokenizer, messages)
+
+
+def test_an_optimizer_that_is_a_hostile_pickle_is_never_run_on_resuming(tmp_path, payload, llama):
+    def make(folder):
+        model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        rows = [{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}] * 4
+        arguments = TrainingArguments(
+            str(folder), max_steps=2, save_steps=1, use_cpu=True, disable_tqdm=True
+        )
+        budget = BudgetSpec(rank=1)
+        return RankFlowTrainer(model=model, args=arguments, train_dataset=rows, budget=budget)
+
+    make(tmp_path / "run").train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        whole = (checkpoint / name).read_bytes()
+        torch.save(payload, checkpoint / name)
+        # Until a manifest is asked first, the refusal is torch's own.
+        with pytest.raises((RankFlowError, pickle.UnpicklingError)):
+            make(tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))
+        (checkpoint / name).write_bytes(whole)
