@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rankflow.errors import RankFlowError, SpecError, brief
+from rankflow.errors import FileError, RankFlowError, SpecError, brief
 from rankflow.model_files import SAFE, check_model
 from rankflow.quiet import quiet_libraries
 from rankflow.specs.run import BUILT_IN_MODEL, ModelSpec
@@ -112,8 +112,7 @@ def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
     if labels:
         settings["id2label"] = dict(enumerate(labels))
         settings["label2id"] = {label: index for index, label in enumerate(labels)}
-    path = locate(spec.name)
-    check_model(path)
+    path = _locate(spec)
     try:
         config = AutoConfig.from_pretrained(path, revision=spec.revision, **settings)
     except Exception as error:  # a damaged file makes these libraries raise anything
@@ -139,8 +138,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         SpecError: There is none.
         RankFlowError: It has no token to pad with.
     """
-    path = locate(spec.name)
-    check_model(path)
+    path = _locate(spec)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=spec.revision, trust_remote_code=False
@@ -209,6 +207,16 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"the tokenizer's highest id is {highest}, but the model's embedding has {rows} rows: "
             "they do not belong together; put the model's own tokenizer files into its folder"
         )
+
+
+def _locate(spec: ModelSpec) -> str:
+    """Return the folder or hub id of the model, a folder only if its files are whole."""
+    path = locate(spec.name)
+    try:
+        check_model(path)
+    except FileError as error:
+        raise SpecError(f"[model] name = '{spec.name}': {error}") from error
+    return path
 
 
 def _refusal(spec: ModelSpec, error: Exception) -> SpecError:

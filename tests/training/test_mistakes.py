@@ -133,7 +133,7 @@ def test_a_key_that_cannot_be(override, told, desk):
     ("overrides", "told"),
     [
         ({"task": "causal-lm"}, "would see the words that it has to predict; choose a model"),
-        ({"task": "seq2seq-lm"}, "give a whole model that transformers knows for this task"),
+        ({"task": "seq2seq-lm"}, "is damaged: it has 4 bytes; save or copy it again for this task"),
         ({"task": "token-classification"}, "[data] text needs a list of words in each row"),
     ],
 )
@@ -148,10 +148,14 @@ def test_a_task_that_model_or_rows_do_not_fit(overrides, told, desk):
     ("pattern", "content", "told"),
     [
         ("config.json", None, "give 'minilm', a folder that `save_pretrained` wrote"),
-        ("config.json", b"{nope", "is not a valid JSON file; give 'minilm'"),
+        ("config.json", b"{nope", "is not valid JSON"),
         ("config.json", b'{"model_type": "zorg"}', "does not recognize this architecture"),
         ("model.safetensors", None, "no file named model.safetensors"),
-        ("model.safetensors", b"\x08\x00\x00\x00", "give a whole model that transformers knows"),
+        (
+            "model.safetensors",
+            b"\x08\x00\x00\x00",
+            "is damaged: it has 4 bytes; save or copy it again",
+        ),
         ("tokenizer*", None, "no word, only special tokens; put the model's tokenizer files"),
         ("tokenizer.json", b"{nope", "put the model's tokenizer files into its folder"),
     ],

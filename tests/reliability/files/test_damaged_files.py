@@ -578,13 +578,13 @@ def test_an_optimizer_that_is_a_hostile_pickle_is_never_run_on_resuming(tmp_path
         model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
         rows = [{"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}] * 4
         arguments = TrainingArguments(
-            str(folder), max_steps=2, save_steps=1, use_cpu=True, disable_tqdm=True
+            str(folder), max_steps=6, save_steps=3, use_cpu=True, disable_tqdm=True
         )
         budget = BudgetSpec(rank=1)
         return RankFlowTrainer(model=model, args=arguments, train_dataset=rows, budget=budget)
 
     make(tmp_path / "run").train()
-    checkpoint = tmp_path / "run" / "checkpoint-1"
+    checkpoint = tmp_path / "run" / "checkpoint-3"
     for name in ("optimizer.pt", "scheduler.pt"):
         whole = (checkpoint / name).read_bytes()
         torch.save(payload, checkpoint / name)
