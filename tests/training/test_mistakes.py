@@ -133,7 +133,7 @@ def test_a_key_that_cannot_be(override, told, desk):
     ("overrides", "told"),
     [
         ({"task": "causal-lm"}, "would see the words that it has to predict; choose a model"),
-        ({"task": "seq2seq-lm"}, "is damaged: it has 4 bytes; save or copy it again for this task"),
+        ({"task": "seq2seq-lm"}, "give a whole model that transformers knows for this task"),
         ({"task": "token-classification"}, "[data] text needs a list of words in each row"),
     ],
 )
