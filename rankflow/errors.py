@@ -44,6 +44,10 @@ class SurgeryError(RankFlowError):
     """A resize was refused or failed; the model and the optimizer are as they were before it."""
 
 
+class FileError(RankFlowError):
+    """A file is damaged, or asks for what no file may: code, or files outside its folder."""
+
+
 class CheckpointError(RankFlowError):
     """A checkpoint is missing, damaged, or belongs to another model or budget."""
 
