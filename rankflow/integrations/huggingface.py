@@ -239,7 +239,7 @@ class RankFlowCallback(TrainerCallback):
             )
         if self._sinks is None:
             for sink in flow.sinks:
-                if isinstance(sink, EventLog | TensorBoardSink):
+                if isinstance(sink, TensorBoardSink):
                     sink.close()
         flow.close()
         self._claim.close()
