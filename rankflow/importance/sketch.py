@@ -131,6 +131,7 @@ class GradientSketch:
         if not self.is_open:
             return
         self._check_passes()
+        accept = accept & self._is_finite(accept.device)
         for sums in self._sums:
             home = sums.step.device
             scale = torch.as_tensor(loss_scale).to(home, non_blocking=True)
@@ -201,6 +202,11 @@ class GradientSketch:
         """Restore what ``state`` returned into a sketch opened for the same event."""
         for key, tensor in self.state().items():
             tensor.copy_(state[key])
+
+    def _is_finite(self, home: torch.device) -> Tensor:
+        """Whether all that was seen of the step is: a dead site has no gradient that would tell."""
+        sums = [sums.step.sum().to(home, non_blocking=True) for sums in self._sums]
+        return torch.isfinite(torch.stack(sums)).all()
 
     def _check_passes(self) -> None:
         if self._passes == 0 and not self._warned:

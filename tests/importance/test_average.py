@@ -38,7 +38,7 @@ def test_a_newborn_is_judged_on_its_own_life():
     average = ComponentAverage(3, 0.9, like=torch.zeros(1))
     for value in ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]):
         average.update(torch.tensor(value), YES)
-    average.reindex(torch.tensor([2, -1, 0]))
+    average = average.followed(torch.tensor([2, -1, 0]))
     average.update(torch.tensor([7.0, 8.0, 9.0]), YES)
     expected = [weighted_mean(v, 0.9) for v in ([3.0, 6.0, 7.0], [8.0], [1.0, 4.0, 9.0])]
     torch.testing.assert_close(average.read().tolist(), expected, rtol=1e-6, atol=0)

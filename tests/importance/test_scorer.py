@@ -145,9 +145,9 @@ def test_a_saved_state_goes_on_as_if_there_had_been_no_break(score, steer, watch
     if score != "norm":
         assert torch.equal(second.read(), scorer.read())
     first.backward(3)
-    accept, unclip = gradients.accept(), gradients.unclip(1.0)
+    reading = gradients.read()
     for each in (scorer, second):
-        each.observe(unclip, accept)
+        each.observe(reading.unclip, reading.accept)
     assert torch.equal(second.read(), scorer.read())
     sources = torch.tensor([0, 1, -1, 2, 3, 4, 5, 6, 7, 8, 9])
     grow(first, np.array([0, 1, 0, 0, 0]))
@@ -209,9 +209,9 @@ def test_after_a_resize_every_component_goes_on_with_its_own_history(score, stee
     fresh = score_of(score, steered.sites)
     for step in range(3, 6):
         steered.backward(step)
-        accept, unclip = gradients.accept(), gradients.unclip(1.0)
+        reading = gradients.read()
         for each in (scorer, fresh):
-            each.observe(unclip, accept)
+            each.observe(reading.unclip, reading.accept)
         steered.drift(step)
     newborn = torch.tensor(NEWBORN)
     torch.testing.assert_close(scorer.read()[newborn], fresh.read()[newborn])
@@ -260,8 +260,7 @@ def test_observing_never_waits_for_the_device(score, steer, watch, use_dora):
     for scale in (1.0, torch.ones((), device="meta")):
         steered.model(tokens).square().mean().backward()
         nn.utils.clip_grad_norm_(steered.model.parameters(), 1.0)
-        accept = gradients.accept()
-        unclip = gradients.unclip(scale)
-        scorer.observe(unclip, accept)
-        assert accept.device.type == unclip.device.type == "meta"
+        reading = gradients.read(scale)
+        scorer.observe(reading.unclip, reading.accept)
+        assert reading.accept.device.type == reading.unclip.device.type == "meta"
     assert scorer.read().device.type == "meta"
