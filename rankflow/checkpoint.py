@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from rankflow.errors import CheckpointError
 
 STATE_FILE = "rankflow_state.safetensors"
-SCHEMA = 2
+SCHEMA = 3
 
 _TENSORS = ("scorer", "sketch", "gated")
 

@@ -44,6 +44,10 @@ class SurgeryError(RankFlowError):
     """A resize was refused or failed; the model and the optimizer are as they were before it."""
 
 
+class DivergenceError(RankFlowError):
+    """Loss, gradients or weights are not finite, and training on would not mend it."""
+
+
 class CheckpointError(RankFlowError):
     """A checkpoint is missing, damaged, or belongs to another model or budget."""
 

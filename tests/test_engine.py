@@ -495,9 +495,8 @@ def test_training_under_bf16_autocast_keeps_the_budget(use_dora):
     assert loss_of(model, 0).item() < before
 
 
-def test_a_static_budget_needs_neither_gradients_nor_events():
+def test_a_static_budget_needs_neither_observations_nor_events():
     _, flow, optimizer = start({"rank": 2, "policy": "uniform"})
-    flow.observe()
     assert [flow.step(optimizer) for _ in range(STEPS)] == [None] * STEPS
     assert flow.history == []
     assert flow.finish() is None

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rankflow.adapters.sites import Site
 from rankflow.errors import RankFlowError
+from rankflow.importance.finite import Owned, norms_of_all
 
 _PROBES = 4
 
@@ -42,6 +43,9 @@ class StepGradients:
     Args:
         sites: The sites whose gradients are watched.
         others: What else the step trains, such as a task head: it must be finite too.
+
+    Attributes:
+        parameters: What is watched.
     """
 
     def __init__(self, sites: Sequence[Site], others: Sequence[nn.Parameter] = ()) -> None:
@@ -52,12 +56,10 @@ class StepGradients:
     def watch(self, sites: Sequence[Site]) -> None:
         """Watch the parameters that the sites have now; call it again after every resize."""
         self.close()
-        self._parameters: list[tuple[nn.Parameter, str | None]] = []
-        for site in sites:
-            factors = site.trained if site.rank > 0 else ()
-            magnitude = () if site.magnitude is None else (site.magnitude,)
-            self._parameters += [(p, site.name) for p in (*factors, *magnitude)]
-        self._parameters += [(p, None) for p in self._others]
+        self.parameters: list[Owned] = [
+            *((p, site.name) for site in sites for p in _trained(site)),
+            *((p, None) for p in self._others),
+        ]
         self._home = sites[0].A.device
         # At the start what is zero has the only gradient: B, the gate, or VeRA's factors of rows.
         self._candidates = [s.trained[-1] for s in sites if s.rank > 0]
@@ -81,7 +83,7 @@ class StepGradients:
         Raises:
             RankFlowError: No adapter parameter has a gradient at all.
         """
-        present = [(p.grad, name) for p, name in self._parameters if p.grad is not None]
+        present = [(p.grad, name) for p, name in self.parameters if p.grad is not None]
         owners = tuple(name for _, name in present)
         if all(name is None for name in owners):
             raise RankFlowError(
@@ -89,9 +91,7 @@ class StepGradients:
                 "loss.backward() and before optimizer.step() and zero_grad(), with the adapter "
                 "active and its parameters trainable"
             )
-        # The Euclidean norm is six times faster on a CPU than the largest entry. It overflows above
-        # 1e19, and no step with such a gradient should count either.
-        norms = _gather(torch._foreach_norm([gradient for gradient, _ in present]), self._home)
+        norms = norms_of_all([gradient for gradient, _ in present], self._home)
         total = torch.linalg.vector_norm(norms)
         before, now = self._at_probes()
         factor = torch.where(now > 0, (before / now).sqrt() / loss_scale, 1)
@@ -103,7 +103,7 @@ class StepGradients:
     def mute(self, accept: Tensor) -> None:
         """Set all gradients to zero unless ``accept``, without waiting for the device."""
         refuse = {self._home: ~accept}
-        for parameter, _ in self._parameters:
+        for parameter, _ in self.parameters:
             gradient = parameter.grad
             if gradient is not None:
                 if gradient.device not in refuse:
@@ -116,7 +116,8 @@ class StepGradients:
         if not seen:
             if self._handles:
                 self._look_elsewhere()
-            return torch.zeros(2, device=self._home).unbind()
+            unknown = torch.zeros((), device=self._home)
+            return unknown, unknown
         before = _gather([self._accumulated[p] for p in seen], self._home).sum()
         now = _gather([_square(p.grad) for p in seen if p.grad is not None], self._home).sum()
         self._accumulated.clear()
@@ -138,6 +139,11 @@ class StepGradients:
     def _note(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
             self._accumulated[parameter] = _square(parameter.grad)  # type: ignore[index]
+
+
+def _trained(site: Site) -> tuple[nn.Parameter, ...]:
+    factors = site.trained if site.rank > 0 else ()
+    return factors if site.magnitude is None else (*factors, site.magnitude)
 
 
 def _square(gradient: Tensor) -> Tensor:

@@ -76,8 +76,7 @@ class Sensitivity:
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the components through a resize."""
         self._factors = {
-            name: self._factors[name].followed(rows, sources)
-            for name, rows in _rows(sites).items()
+            name: self._factors[name].followed(rows, sources) for name, rows in _rows(sites).items()
         }
 
     def state(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from rankflow.checkpoint import load_state, save_state
 from rankflow.engine import RankFlow
 from rankflow.errors import CheckpointError, RankFlowError
+from rankflow.importance.bad_steps import MAX_BAD_STEPS
 from rankflow.integrations.reporters import Reporters
 from rankflow.records import RankEvent
 from rankflow.report.events import EVENTS_FILE, EventLog
@@ -44,6 +45,8 @@ class RankFlowCallback(TrainerCallback):
         sinks: Called with every event; None writes ``events.jsonl`` into the output folder, and
             scalars and heatmaps beside it if the Trainer reports to TensorBoard. See also
             ``log_to``.
+        max_bad_steps: As in ``RankFlow``. A step that is not finite is muted: it leaves the weights
+            as the optimizer leaves them without a gradient.
         follows_loads: Whether the Trainer brings the model to a checkpoint's ranks before it loads
             the weights, as ``RankFlowTrainer`` does.
 
@@ -57,12 +60,15 @@ class RankFlowCallback(TrainerCallback):
         adapter_name: str = "default",
         *,
         sinks: Sequence[Sink] | None = None,
+        max_bad_steps: int = MAX_BAD_STEPS,
         follows_loads: bool = False,
     ) -> None:
         self.budget = budget
         self.adapter_name = adapter_name
         self.flow: RankFlow | None = None
         self._sinks = sinks
+        self._max_bad_steps = max_bad_steps
+        self._loss: Tensor | None = None
         self._trainer: Trainer | None = None
         self._follows_loads = follows_loads
         self._guard: RemovableHandle | None = None
@@ -75,8 +81,23 @@ class RankFlowCallback(TrainerCallback):
             total_steps: Optimizer steps of the whole run.
             resume: The state of the engine in the run that goes on, or None.
         """
-        self.flow = RankFlow(model, self.budget, total_steps, self.adapter_name, resume=resume)
+        self.flow = RankFlow(
+            model,
+            self.budget,
+            total_steps,
+            self.adapter_name,
+            resume=resume,
+            max_bad_steps=self._max_bad_steps,
+        )
         return self.flow
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Let the loss of a micro-batch count too; ``RankFlowTrainer`` does so itself.
+
+        Args:
+            loss: The loss, detached.
+        """
+        self._loss = loss if self._loss is None else self._loss + loss
 
     def log_to(self, trainer: Trainer) -> None:
         """Show the numbers of every event to all that a Trainer reports to, such as W&B or MLflow.
@@ -138,9 +159,15 @@ class RankFlowCallback(TrainerCallback):
         optimizer: Optimizer,
         **_: Any,
     ) -> None:
-        """Fold the step's gradients into the scores, and add the budget's regulariser to them."""
+        """Fold the step's gradients into the scores, and add the budget's regulariser to them.
+
+        A step that is not finite is muted, unless a gradient scaler skips it.
+        """
         flow = self._running()
-        flow.observe(loss_scale=_loss_scale(optimizer))
+        loss, self._loss = self._loss, None
+        flow.observe(loss_scale=_loss_scale(optimizer), loss=loss)
+        if not _is_scaled(optimizer):
+            flow.mute_bad_step()
         flow.regularise()
 
     def on_step_end(
@@ -152,13 +179,26 @@ class RankFlowCallback(TrainerCallback):
         optimizer: Optimizer,
         **_: Any,
     ) -> None:
-        """Count the step, and reallocate if an event is due."""
+        """Count the step, reallocate if an event is due, and let nothing be saved that is not finite."""
         self._running().step(optimizer)
+        if control.should_save:
+            self._running().check_finite()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Save no weights that are not finite."""
+        if control.should_save:
+            self._running().check_finite()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Add the engine's state to the checkpoint that was just written."""
+        """Add the engine's state to the checkpoint that was just written.
+
+        Without it no run can go on from the checkpoint, so one that is not finite does not get it.
+        """
+        self._running().check_finite()
         if state.is_world_process_zero:
             save_state(self._running().state_dict(), _checkpoint_folder(args, state))
 
@@ -168,7 +208,10 @@ class RankFlowCallback(TrainerCallback):
         """Meet the target budget if the run ended above it, and close what was opened."""
         flow = self._running()
         flow.sinks = [sink for sink in flow.sinks if not isinstance(sink, Reporters)]  # have ended
-        event = flow.finish()
+        try:
+            event = flow.finish()
+        finally:
+            self._close(flow)
         if event is not None:
             logger.warning(
                 "after %d of %d steps the model was above its budget; %d components were pruned to "
@@ -178,6 +221,8 @@ class RankFlowCallback(TrainerCallback):
                 len(event.pruned),
                 event.limit,
             )
+
+    def _close(self, flow: RankFlow) -> None:
         if self._sinks is None:
             for sink in flow.sinks:
                 if isinstance(sink, EventLog | TensorBoardSink):
@@ -212,6 +257,7 @@ class RankFlowTrainer(Trainer):
         budget: The budget, from ``load_budget``.
         adapter_name: The adapter to steer.
         sinks: As in ``RankFlowCallback``.
+        max_bad_steps: As in ``RankFlowCallback``; losses that are not finite count too.
         **arguments: Everything that ``transformers.Trainer`` takes.
 
     Attributes:
@@ -224,12 +270,26 @@ class RankFlowTrainer(Trainer):
         budget: BudgetSpec,
         adapter_name: str = "default",
         sinks: Sequence[Sink] | None = None,
+        max_bad_steps: int = MAX_BAD_STEPS,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.rankflow = RankFlowCallback(budget, adapter_name, sinks=sinks, follows_loads=True)
+        self.rankflow = RankFlowCallback(
+            budget, adapter_name, sinks=sinks, max_bad_steps=max_bad_steps, follows_loads=True
+        )
         self.rankflow.log_to(self)
         self.add_callback(self.rankflow)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Train on a micro-batch, and let its loss tell whether the step is finite."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.rankflow.note_loss(loss)
+        return loss
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -282,6 +342,10 @@ def _check_fresh(optimizer: Optimizer) -> None:
             "the optimizer has taken steps before, perhaps in an earlier train(), and its state "
             "does not fit the ranks at which a run begins; make a new Trainer for a new run"
         )
+
+
+def _is_scaled(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, AcceleratedOptimizer) and optimizer.scaler is not None
 
 
 def _loss_scale(optimizer: Optimizer) -> Tensor | float:
