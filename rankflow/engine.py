@@ -4,13 +4,18 @@ One event is a straight line, and no call returns upward::
 
     tracker.survey()    what is every component worth?               -> ComponentTable
     scheduler.plan()    which stay, and where are new ones born?     -> RankPlan
-    surgery.resize()    parameters and optimizer state, all or nothing
+    surgery.resize()    parameters and optimizer state
     tracker.follow()    scores follow the components
     sinks               whoever wants to know                        <- RankEvent
+
+All but the sinks is one transaction: whatever interrupts it, lack of memory or a keyboard, leaves
+model, optimizer and engine as they were. What a sink raises reaches the caller, and the event
+stands.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +32,7 @@ from rankflow import dem, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gating import check_untrained, convert, start_gates
+from rankflow.adapters.savepoint import renew, undone_on_error
 from rankflow.adapters.sites import Site, find_sites, magnitudes_on
 from rankflow.adapters.stacked import warn_of_stacked_weights
 from rankflow.adapters.state_dicts import translate_state_dicts
@@ -112,9 +118,17 @@ class RankFlow:
         self.adapter_name = adapter_name
         self.history: list[RankEvent] = []
         self.sinks = list(sinks)
+        self._optimizer: Optimizer | None = None
         self._sites = find_sites(model, adapter_name)
         check_trainable(model, adapter_name, self._sites)
         warn_of_stacked_weights(model)
+        with undone_on_error("attaching RankFlow to the model", self._sites, model=model):
+            self._set_up(total_steps, accelerate, resume, max_bad_steps)
+
+    def _set_up(
+        self, total_steps: int, accelerate: bool, resume: dict[str, Any] | None, max_bad_steps: int
+    ) -> None:
+        model, budget = self.model, self.budget
         is_new = self._sites[0].gate is None
         if is_new:
             if budget.components != "factors" and resume is None:
@@ -134,13 +148,12 @@ class RankFlow:
             largest = max(info.max_rank for info in self.resolved.sites)
             share_matrices(self._sites, draw_matrices(self._sites, largest, budget.seed))
         for site in self._sites:
-            translate_state_dicts(site.layer, adapter_name)
+            translate_state_dicts(site.layer, self.adapter_name)
             if accelerate and site.magnitude_slot is not None:
                 accelerate_site(site)
         self._steps = 0
         self._observed = 0
         self._limit = self.resolved.start
-        self._optimizer: Optimizer | None = None
         self._gradients = StepGradients(self._sites, _trained_beside(model, self._sites))
         self._bad_steps = BadSteps(self._sites, max_bad_steps)
         self._fair_start = FairStart(self._sites)
@@ -151,7 +164,7 @@ class RankFlow:
                 self._draw_components()
             self._look_ahead()
         else:
-            self.load_state_dict(resume)
+            self._restore(resume)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -267,7 +280,8 @@ class RankFlow:
 
         Raises:
             SurgeryError: The optimizer does not train the adapter, or has state that cannot be
-                resized; model and optimizer are as they were.
+                resized, or the event failed, say for lack of memory. All is as it was before the
+                event; training may go on, and the next due step tries again.
             DivergenceError: An event is due, and weights or scores are not finite.
             SiteError: An event is due and the adapter is not active.
             RankFlowError: An event is due and ``observe`` was never called.
@@ -280,7 +294,10 @@ class RankFlow:
         if self.resolved.scheduler.is_due(self._steps):
             self._check_observed()
             event = self._reallocate(self._steps)
-        self._look_ahead()
+        try:
+            self._look_ahead()
+        finally:
+            self._publish(event)
         return event
 
     def _check_observed(self) -> None:
@@ -333,7 +350,9 @@ class RankFlow:
         if self.spent <= self.resolved.target:
             self._limit = min(self._limit, self.resolved.target)
             return None
-        return self._reallocate(self.total_steps)
+        event = self._reallocate(self.total_steps)
+        self._publish(event)
+        return event
 
     def facts(self, metrics: Mapping[str, float] | None = None) -> AdapterFacts:
         """Return what an exported adapter should say of this run.
@@ -371,7 +390,7 @@ class RankFlow:
             **self._tracker.state(),
             "scorer": self._tracker.tensors(),
             "sketch": {key: value.clone() for key, value in self._growth.sketch.state().items()},
-            "gated": {key: value.clone() for key, value in self._gated_factors().items()},
+            "gated": {k: factor.detach().clone() for k, factor in self._gated_factors().items()},
             "history": _EVENTS.dump_python(self.history, mode="json"),
         }
 
@@ -388,7 +407,12 @@ class RankFlow:
         Raises:
             CheckpointError: The state belongs to another model, budget or length of run.
             SiteError: The adapter is not active.
+            SurgeryError: There is no memory for it; all is as it was.
         """
+        with self._undone_on_error("bringing the model to a saved state"):
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self._check_state(state)
         check_trainable(self.model, self.adapter_name, self._sites)
         self._resize_in_place(
@@ -399,9 +423,8 @@ class RankFlow:
         self._limit = state["limit"]
         self._fair_start.steps = [list(steps) for steps in state["young"]]
         self._tracker.load(state, state["scorer"])
-        with torch.no_grad():
-            for key, factor in self._gated_factors().items():
-                factor.copy_(state["gated"][key])
+        for key, factor in self._gated_factors().items():
+            renew(factor, state["gated"][key])
         self.history = _EVENTS.validate_python(state["history"])
         self._look_ahead()
         if state["sketch"]:
@@ -440,6 +463,10 @@ class RankFlow:
             start_vectors(self._sites)
 
     def _reallocate(self, step: int) -> RankEvent:
+        with self._undone_on_error(f"the reallocation after step {self._steps}"):
+            return self._carry_out(step)
+
+    def _carry_out(self, step: int) -> RankEvent:
         began = time.perf_counter()
         check_trainable(self.model, self.adapter_name, self._sites)  # another may be active now
         self.check_finite()
@@ -458,17 +485,31 @@ class RankFlow:
         event = describe(table, plan, index, self._steps, self._limit, seconds)
         assert event.spent == self.spent <= self._limit, "surgery and plan disagree on the cost"
         self.history.append(event)
-        for sink in self.sinks:
-            sink(event)
         return event
+
+    def _publish(self, event: RankEvent | None) -> None:
+        if event is not None:
+            for sink in self.sinks:
+                sink(event)
+
+    def _undone_on_error(self, what: str) -> AbstractContextManager[None]:
+        tracker = self._tracker
+        parts = (self, tracker, *tracker.scorers.values(), self._fair_start, self._gradients)
+        return undone_on_error(
+            what,
+            self._sites,
+            model=self.model,
+            optimizer=self._optimizer,
+            others=(*parts, self._growth.sketch, self._bad_steps),
+        )
 
     def _look_ahead(self) -> None:
         self._growth.look_ahead(self._steps, event=len(self.history))
 
-    def _gated_factors(self) -> dict[str, Tensor]:
-        """Return B and the gates of every gated site by name; the tensors are the live ones."""
+    def _gated_factors(self) -> dict[str, nn.Parameter]:
+        """Return B and the gates of every gated site by name."""
         return {
-            f"{site.name}.{name}": factor.detach()
+            f"{site.name}.{name}": factor
             for site in self._sites
             if site.gate is not None
             for name, factor in (("B", site.B), ("gate", site.gate), ("row_gate", site.row_gate))

@@ -34,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rankflow.adapters.base_weight import magnitude_factor
 from rankflow.adapters.dora import norms_of
+from rankflow.adapters.savepoint import undone
 from rankflow.adapters.sites import Site
 from rankflow.adapters.weight_gradient import project
 from rankflow.importance.watch import watch
@@ -105,12 +106,22 @@ class GradientSketch:
         Args:
             sites: The sites.
             event: Running number of the event ahead; each has test matrices of its own.
+
+        Raises:
+            SurgeryError: There is no memory for it; the sketch stays closed.
         """
         self.close()
         self._sites = tuple(sites)
-        self._allocate(event)
-        self._count = torch.zeros((), device=self._sites[0].A.device)
-        self._handles = [watch(site, partial(self._note, i)) for i, site in enumerate(sites)]
+        try:
+            self._allocate(event)
+            self._count = torch.zeros((), device=self._sites[0].A.device)
+            for index, site in enumerate(sites):
+                self._handles.append(watch(site, partial(self._note, index)))
+        except BaseException as error:
+            self.close()
+            if isinstance(error, RuntimeError | MemoryError):
+                raise undone("sketching the gradient for newborns", error) from error
+            raise
 
     def close(self) -> None:
         """Remove the hooks and forget everything."""

@@ -179,7 +179,7 @@ class RankFlowCallback(TrainerCallback):
         optimizer: Optimizer,
         **_: Any,
     ) -> None:
-        """Count the step, reallocate if an event is due, and let nothing be saved that is not finite."""
+        """Count the step, reallocate if an event is due, and have only finite weights saved."""
         self._running().step(optimizer)
         if control.should_save:
             self._running().check_finite()
@@ -187,7 +187,7 @@ class RankFlowCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save no weights that are not finite."""
+        """Have only finite weights saved."""
         if control.should_save:
             self._running().check_finite()
 
