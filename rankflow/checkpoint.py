@@ -1,19 +1,100 @@
-"""The engine's part of a checkpoint: one safetensors file beside the adapter and the optimizer."""
+"""The engine's part of a checkpoint, one safetensors file, and which checkpoint to go on from."""
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from rankflow.durable import find_damage
 from rankflow.errors import CheckpointError
 
+CHECKPOINT: Final = "checkpoint-"  # as transformers begins the names of its folders
 STATE_FILE = "rankflow_state.safetensors"
 SCHEMA = 3
 
 _TENSORS = ("scorer", "sketch", "gated")
+
+_RESUMABLE: Final = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A checkpoint from which no run can go on, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search for a checkpoint found.
+
+    Attributes:
+        path: The newest checkpoint that is as it was written; None if there is none.
+        skipped: Newer ones that are not.
+    """
+
+    path: Path | None
+    skipped: tuple[Skipped, ...]
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the folder of a checkpoint, as transformers calls it."""
+    return f"{CHECKPOINT}{step}"
+
+
+def find_checkpoint(folder: str | Path) -> Found:
+    """Return the newest checkpoint of a run that is as it was written.
+
+    Args:
+        folder: The run's output folder.
+    """
+    steps = {
+        int(path.name.removeprefix(CHECKPOINT)): path
+        for path in Path(folder).glob(f"{CHECKPOINT}*")
+        if path.is_dir() and path.name.removeprefix(CHECKPOINT).isdecimal()
+    }
+    skipped: list[Skipped] = []
+    for step in sorted(steps, reverse=True):
+        reason = _find_fault(steps[step])
+        if reason is None:
+            return Found(steps[step], tuple(skipped))
+        skipped.append(Skipped(steps[step], reason))
+    return Found(None, tuple(skipped))
+
+
+def check_resumable(path: str | Path) -> None:
+    """Check that a checkpoint is as it was written, and that a run can go on from it.
+
+    Raises:
+        CheckpointError: It is damaged, or lacks something.
+    """
+    _refuse(path, _find_fault(Path(path)), "resumed from")
+
+
+def check_whole(path: str | Path) -> None:
+    """Check that a checkpoint is as it was written; it may hold the model alone.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    _refuse(path, find_damage(Path(path)), "loaded")
+
+
+def _refuse(path: str | Path, fault: str | None, purpose: str) -> None:
+    if fault is not None:
+        raise CheckpointError(f"{path} cannot be {purpose}: {fault}; name another checkpoint")
+
+
+def _find_fault(path: Path) -> str | None:
+    if not path.is_dir():
+        return "there is no such folder"
+    lacking = [name for name in _RESUMABLE if not (path / name).is_file()]
+    return find_damage(path) or (f"{lacking[0]} is missing" if lacking else None)
 
 
 def save_state(state: dict[str, Any], folder: str | Path) -> Path:

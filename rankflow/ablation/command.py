@@ -110,10 +110,15 @@ def ablate(
         executor: Where cells run.
         workers: Cells at a time.
         threads: CPU threads of a cell.
+
+    Raises:
+        RankFlowError: Another ablation is writing to the same folder.
     """
-    if ablation.ready():
-        run_ablation(ablation, make_executor(executor, ablation.spec, workers, threads), console)
-    outcome = tell(ablation, console, report=report)
+    with ablation.store.claim():
+        if ablation.ready():
+            workplace = make_executor(executor, ablation.spec, workers, threads)
+            run_ablation(ablation, workplace, console)
+        outcome = tell(ablation, console, report=report)
     for path, reason in outcome.incomplete.items():
         console.print(f"{path} is not complete: {reason}", markup=False, soft_wrap=True)
     return outcome

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,7 @@ import fsspec
 from pydantic import TypeAdapter, ValidationError
 
 from rankflow.ablation.records import Cell, CellResult
+from rankflow.durable import claim, write_file
 from rankflow.errors import RankFlowError
 
 RESULT_FILE: Final = "result.json"
@@ -71,16 +73,28 @@ class Store:
         ordered = sorted(results, key=lambda result: (result.cell, result.provenance.digest))
         self._write(ARCHIVE, "".join(f"{render(result)}\n" for result in ordered))
 
+    def claim(self) -> AbstractContextManager[None]:
+        """Keep other ablations out while a block runs, where the store is a local folder.
+
+        Raises:
+            RankFlowError: On entering, if another one is writing there.
+        """
+        system, root = self._open()
+        return claim(Path(root)) if _is_local(system) else nullcontext()
+
     def local_folder(self, cell: Cell, digest: str) -> Path | None:
         """Return where a cell may keep checkpoints; None where the store is not a local folder."""
         system, root = self._open()
-        if "file" not in (system.protocol if isinstance(system.protocol, tuple) else ()):
+        if not _is_local(system):
             return None
         return Path(root) / cell_path(cell, digest)
 
     def _write(self, name: str, text: str) -> None:
         system, root = self._open()
         path = f"{root}/{name}"
+        if _is_local(system):
+            write_file(Path(path), text)
+            return
         folder, _, file = path.rpartition("/")
         system.makedirs(folder, exist_ok=True)
         temporary = f"{folder}/.{file}.part"
@@ -97,6 +111,10 @@ class Store:
                 "the file system's package"
             ) from error
         return system, root.rstrip("/")
+
+
+def _is_local(system: Any) -> bool:
+    return "file" in (system.protocol if isinstance(system.protocol, tuple) else ())
 
 
 def cell_path(cell: Cell, digest: str) -> str:

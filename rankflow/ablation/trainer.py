@@ -2,36 +2,32 @@
 
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankflow.ablation.methods.method import Built
 from rankflow.ablation.sizing import is_head
-from rankflow.checkpoint import load_state
+from rankflow.checkpoint import load_state, save_state
 from rankflow.engine import RankFlow
+from rankflow.integrations.durable_trainer import DurableTrainer
 from rankflow.integrations.huggingface import RankFlowCallback
 from rankflow.training.pooling import TokenPooling
 from rankflow.training.trainer import pooled_loss
-
-_CHECKPOINT: Final = "checkpoint-"
-_MARK: Final = "whole"
 
 
 class StepClock(TrainerCallback):
     """Times the optimizer steps, reallocations included, reading of rows excluded.
 
     Attributes:
-        wall: Seconds of all steps.
-        cpu: Seconds of processor time of all steps, over all threads.
         steps: Number of steps.
     """
 
     def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
+        self._wall = self._cpu = 0.0
         self.steps = 0
         self._began: tuple[float, float] = (0.0, 0.0)
 
@@ -47,37 +43,22 @@ class StepClock(TrainerCallback):
         """Stop it."""
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
-        self.wall += time.perf_counter() - self._began[0]
-        self.cpu += time.process_time() - self._began[1]
+        self._wall += time.perf_counter() - self._began[0]
+        self._cpu += time.process_time() - self._began[1]
         self.steps += 1
 
+    @property
+    def mean_wall(self) -> float | None:
+        """Seconds of a step; None if there was none, as in a run that was resumed at its end."""
+        return self._wall / self.steps if self.steps else None
 
-class WholeMark(TrainerCallback):
-    """Marks checkpoints that are complete: a kill leaves one that only looks so."""
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Mark the checkpoint that was just written."""
-        (Path(args.output_dir) / f"{_CHECKPOINT}{state.global_step}" / _MARK).touch()
-
-
-def last_whole_checkpoint(folder: Path, steps: int) -> str | None:
-    """Return the newest complete checkpoint from which a step is left; None if none is there.
-
-    From a checkpoint of its last step transformers' Trainer takes one step more than it should.
-
-    Args:
-        folder: Where the run keeps its checkpoints.
-        steps: Optimizer steps of the whole run.
-    """
-    marks = folder.glob(f"{_CHECKPOINT}*/{_MARK}")
-    taken = [int(mark.parent.name.removeprefix(_CHECKPOINT)) for mark in marks]
-    last = max((step for step in taken if step < steps), default=None)
-    return None if last is None else str(folder / f"{_CHECKPOINT}{last}")
+    @property
+    def mean_cpu(self) -> float | None:
+        """Seconds of processor time of a step, over all threads; None as above."""
+        return self._cpu / self.steps if self.steps else None
 
 
-class CellTrainer(Trainer):
+class CellTrainer(DurableTrainer):
     """A Trainer of what a method built.
 
     Args:
@@ -112,13 +93,12 @@ class CellTrainer(Trainer):
         self._pooling: TokenPooling | None = pooling
         self.steering: RankFlowCallback | None = None
         if built.budget is not None:
-            self.steering = RankFlowCallback(built.budget, sinks=(), follows_loads=True)
+            self.steering = RankFlowCallback(built.budget, sinks=(), keeps_checkpoints=True)
             self.add_callback(self.steering)
         for callback in built.callbacks:
             self.add_callback(callback)
         self.clock = StepClock()
         self.add_callback(self.clock)  # after those whose work it times
-        self.add_callback(WholeMark())  # last: until then a checkpoint lacks something
 
     @property
     def flow(self) -> RankFlow | None:
@@ -158,11 +138,13 @@ class CellTrainer(Trainer):
             return pooled_loss(model, inputs, self._pooling, return_outputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
+    def save_engine(self, folder: Path) -> None:
+        """Write the state of the engine that steers the ranks, if there is one."""
+        if self.flow is not None:
+            save_state(self.flow.state_dict(), folder)
+
+    def load_engine(self, folder: Path, *, resumes: bool) -> None:
         """Bring a steered model to the checkpoint's ranks before its weights are loaded."""
         if self.steering is not None:
-            state = load_state(resume_from_checkpoint)
+            state = load_state(folder)
             self.steering.start(self.model, state["total_steps"], resume=state)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)

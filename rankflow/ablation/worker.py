@@ -27,8 +27,9 @@ from rankflow.ablation.records import (
     RankMoment,
 )
 from rankflow.ablation.sizing import choose_size, count_trainable, is_head
-from rankflow.ablation.trainer import CellTrainer, last_whole_checkpoint
+from rankflow.ablation.trainer import CellTrainer
 from rankflow.ablation.workload import Autocast, Workload, autocast_of, open_workload
+from rankflow.checkpoint import find_checkpoint
 from rankflow.engine import RankFlow
 from rankflow.errors import BudgetError
 from rankflow.quiet import quiet_libraries
@@ -151,8 +152,8 @@ class CellRunner:
         )
         trainer.remove_callback(PrinterCallback)
         # The state of a method's own callbacks, such as AdaLoRA's scores, is in no checkpoint.
-        checkpoint = None if built.callbacks else last_whole_checkpoint(folder, setting.steps)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        found = None if built.callbacks else find_checkpoint(folder).path
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
         parameters = _finish(built, trainer, head, setting.parameters, size)
         flow = trainer.flow
         ranks = None if flow is None else history_of(flow)
@@ -164,8 +165,8 @@ class CellRunner:
             trace(digest),
             metrics=metrics | workload.judge_ranks(ranks, cell.training_seed),
             parameters=parameters,
-            seconds_per_step=trainer.clock.wall / trainer.clock.steps,
-            cpu_seconds_per_step=trainer.clock.cpu / trainer.clock.steps,
+            seconds_per_step=trainer.clock.mean_wall,
+            cpu_seconds_per_step=trainer.clock.mean_cpu,
             ranks=ranks,
         )
         if cell.split == "test":

@@ -8,10 +8,9 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from rankflow.durable import is_failed_write
 from rankflow.errors import RankFlowError, brief
 
-# How safetensors, tokenizers and torch say that a disk is full: by no OSError.
-_FAILED_WRITES: Final = ("os error 28", "iostream error", "PytorchStreamWriter failed writing")
 _OS_REMEDIES: Final = {
     errno.EACCES: "choose a place that you may write to, or change its permissions",
     errno.EPERM: "choose a place that you may write to, or change its permissions",
@@ -54,7 +53,7 @@ def tell_error(error: Exception) -> str | None:
     """
     if isinstance(error, RankFlowError):
         return str(error)
-    if any(sign in str(error) for sign in _FAILED_WRITES) and not isinstance(error, OSError):
+    if is_failed_write(error) and not isinstance(error, OSError):
         return f"a file could not be written ({brief(error)}); {_OS_REMEDIES[errno.ENOSPC]}"
     if not isinstance(error, OSError) or error.errno == errno.EPIPE:
         return None

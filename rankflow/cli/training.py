@@ -58,14 +58,27 @@ def init(
     write(wishes, console=Console())
 
 
-def train(run: RunFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Train an adapter as a run spec says, and export it."""
+def train(
+    run: RunFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest checkpoint that is as it was written."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter as a run spec says, and export it.
+
+    On SIGTERM and Ctrl-C it saves a checkpoint and exits with code 143 or 130.
+    """
     from rankflow.specs.run import load_run
 
     spec = load_run(run, overrides or ())  # its faults show before the slow import below
     from rankflow.training.run import train as train_run
 
-    answer(lambda: train_run(spec, console=Console()), as_json)
+    answer(lambda: train_run(spec, console=Console(), resume=resume), as_json)
 
 
 def plan(

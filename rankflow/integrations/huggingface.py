@@ -7,9 +7,11 @@ stands between ``unscale_`` and ``step``.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
@@ -17,10 +19,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankflow.checkpoint import load_state, save_state
+from rankflow.checkpoint import check_resumable, checkpoint_name, load_state, save_state
+from rankflow.durable import claim, is_failed_write, seal
 from rankflow.engine import RankFlow
 from rankflow.errors import CheckpointError, RankFlowError
 from rankflow.importance.bad_steps import MAX_BAD_STEPS
+from rankflow.integrations.durable_trainer import (
+    DurableTrainer,
+    newest_checkpoint,
+    tell_failure,
+)
 from rankflow.integrations.reporters import Reporters
 from rankflow.records import RankEvent
 from rankflow.report.events import EVENTS_FILE, EventLog
@@ -31,13 +39,19 @@ logger = logging.getLogger(__name__)
 
 Sink = Callable[[RankEvent], None]
 
+_RESUME: Final = (
+    "resume with RankFlowTrainer, or with "
+    "trainer.train(resume_from_checkpoint=callback.resume(trainer))"
+)
+
 
 class RankFlowCallback(TrainerCallback):
     """Steers the ranks of the model that a Trainer trains.
 
     Works with any Trainer that trains a ``PeftModel`` with a LoRA or DoRA adapter, TRL's too. To
     resume a run, or to load the best model at its end, ranks must change before weights are
-    loaded: only ``RankFlowTrainer`` does so, and under another Trainer both are refused.
+    loaded. ``RankFlowTrainer`` does so by itself; under another Trainer ``resume`` does, which also
+    tells what else is lacking, and loading the best model is refused.
 
     Args:
         budget: The budget, from ``load_budget``.
@@ -47,8 +61,8 @@ class RankFlowCallback(TrainerCallback):
             ``log_to``.
         max_bad_steps: As in ``RankFlow``. A step that is not finite is muted: it leaves the weights
             as the optimizer leaves them without a gradient.
-        follows_loads: Whether the Trainer brings the model to a checkpoint's ranks before it loads
-            the weights, as ``RankFlowTrainer`` does.
+        keeps_checkpoints: Whether the Trainer writes the engine's state into its checkpoints and
+            reads it from them, as ``RankFlowTrainer`` does.
 
     Attributes:
         flow: The engine, once training has begun.
@@ -61,7 +75,7 @@ class RankFlowCallback(TrainerCallback):
         *,
         sinks: Sequence[Sink] | None = None,
         max_bad_steps: int = MAX_BAD_STEPS,
-        follows_loads: bool = False,
+        keeps_checkpoints: bool = False,
     ) -> None:
         self.budget = budget
         self.adapter_name = adapter_name
@@ -70,8 +84,9 @@ class RankFlowCallback(TrainerCallback):
         self._max_bad_steps = max_bad_steps
         self._loss: Tensor | None = None
         self._trainer: Trainer | None = None
-        self._follows_loads = follows_loads
+        self._keeps_checkpoints = keeps_checkpoints
         self._guard: RemovableHandle | None = None
+        self._claim = ExitStack()
 
     def start(self, model: nn.Module, total_steps: int, resume: dict[str, Any] | None) -> RankFlow:
         """Attach the engine to a model; ``on_train_begin`` does so if nobody has.
@@ -98,6 +113,36 @@ class RankFlowCallback(TrainerCallback):
             loss: The loss, detached.
         """
         self._loss = loss if self._loss is None else self._loss + loss
+
+    def resume(self, trainer: Trainer, checkpoint: str | Path | None = None) -> str:
+        """Bring the model of a plain Trainer to the ranks of a checkpoint, and return its path.
+
+        ``trainer.train(resume_from_checkpoint=callback.resume(trainer))`` then goes on, with
+        the events, parameters, optimizer state and rates of a run without interruption.
+        What ``RankFlowTrainer`` has and a plain Trainer has not: checkpoints are written in place,
+        so a crash while saving leaves a folder that is skipped here; with ``save_total_limit`` the
+        older ones are removed before the new one is sealed; the first loss that is logged
+        afterwards is the mean of fewer steps.
+
+        Args:
+            trainer: The Trainer that has this callback.
+            checkpoint: The checkpoint; None for the newest in its output folder that verifies.
+
+        Raises:
+            CheckpointError: It is damaged, none verifies, or the run had come to its end.
+        """
+        if checkpoint is None:
+            checkpoint = newest_checkpoint(Path(trainer.args.output_dir))
+        else:
+            check_resumable(checkpoint)
+        state = load_state(checkpoint)
+        if state["steps"] >= state["total_steps"]:
+            raise CheckpointError(
+                f"{checkpoint} is of the last of {state['total_steps']} steps, so nothing is left "
+                "to train; load it with peft.PeftModel.from_pretrained"
+            )
+        self.start(extract_model_from_parallel(trainer.model), state["total_steps"], resume=state)
+        return str(checkpoint)
 
     def log_to(self, trainer: Trainer) -> None:
         """Show the numbers of every event to all that a Trainer reports to, such as W&B or MLflow.
@@ -135,10 +180,13 @@ class RankFlowCallback(TrainerCallback):
         """Attach the engine, resize to the start budget or to the resumed ranks, open the sinks."""
         if self._guard is not None:
             self._guard.remove()
-        if not self._follows_loads:
-            _check_plain(args, state)
         flow = self.flow
-        if flow is None or flow.steps != state.global_step:
+        is_new = flow is None or flow.steps != state.global_step
+        if not self._keeps_checkpoints:
+            _check_plain(args, state, is_new)
+            if state.is_world_process_zero:
+                self._claim.enter_context(claim(Path(args.output_dir)))
+        if flow is None or is_new:
             _check_fresh(optimizer)
             flow = self.start(extract_model_from_parallel(model), state.max_steps, None)
         if flow.total_steps != state.max_steps:
@@ -194,13 +242,24 @@ class RankFlowCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Add the engine's state to the checkpoint that was just written.
+        """Add the engine's state to the checkpoint that was just written, and seal it.
 
-        Without it no run can go on from the checkpoint, so one that is not finite does not get it.
+        One whose weights are not finite stays without, so that no run goes on from it.
         """
+        if self._keeps_checkpoints:
+            return
         self._running().check_finite()
-        if state.is_world_process_zero:
-            save_state(self._running().state_dict(), _checkpoint_folder(args, state))
+        PartialState().wait_for_everyone()  # until all have written their parts
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / checkpoint_name(state.global_step)
+        try:
+            save_state(self._running().state_dict(), folder)
+            seal(folder)
+        except Exception as error:
+            if not is_failed_write(error):
+                raise
+            raise tell_failure(folder, error) from error
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -228,15 +287,18 @@ class RankFlowCallback(TrainerCallback):
                 if isinstance(sink, EventLog | TensorBoardSink):
                     sink.close()
         flow.close()
+        self._claim.close()
 
     def _default_sinks(self, args: TrainingArguments) -> list[Sink]:
         folder = Path(args.output_dir)
+        flow = self._running()
         log = EventLog(folder / EVENTS_FILE, keep=0)
-        for event in self._running().history:  # the run that is resumed may have had another folder
+        for event in flow.history:  # the run that is resumed may have had another folder
             log(event)
         sinks: list[Sink] = [log]
         if "tensorboard" in args.report_to:
-            sinks.append(TensorBoardSink(folder / "rankflow"))
+            purge_step = flow.steps + 1 if flow.steps else None
+            sinks.append(TensorBoardSink(folder / "rankflow", purge_step=purge_step))
         if self._trainer is not None:
             sinks.append(Reporters(self._trainer))
         return sinks
@@ -250,8 +312,8 @@ class RankFlowCallback(TrainerCallback):
         return self.flow
 
 
-class RankFlowTrainer(Trainer):
-    """A Trainer under a budget that can also resume and load the best model across resizes.
+class RankFlowTrainer(DurableTrainer):
+    """A Trainer under a budget whose runs resume bit for bit, across changed ranks too.
 
     Args:
         budget: The budget, from ``load_budget``.
@@ -275,7 +337,7 @@ class RankFlowTrainer(Trainer):
     ) -> None:
         super().__init__(**arguments)
         self.rankflow = RankFlowCallback(
-            budget, adapter_name, sinks=sinks, max_bad_steps=max_bad_steps, follows_loads=True
+            budget, adapter_name, sinks=sinks, max_bad_steps=max_bad_steps, keeps_checkpoints=True
         )
         self.rankflow.log_to(self)
         self.add_callback(self.rankflow)
@@ -291,26 +353,23 @@ class RankFlowTrainer(Trainer):
         self.rankflow.note_loss(loss)
         return loss
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        """Bring the model to the checkpoint's ranks before its weights are loaded."""
-        state = load_state(resume_from_checkpoint)
-        self.rankflow.start(self.model, state["total_steps"], resume=state)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        """Bring the model to the best checkpoint's ranks before its weights are loaded."""
+    def save_engine(self, folder: Path) -> None:
+        """Write the engine's state into a checkpoint, unless its weights are not finite."""
         flow = self.rankflow.flow
-        if flow is not None:
-            history = flow.history
-            flow.load_state_dict(load_state(self.state.best_model_checkpoint))
-            flow.history = history  # it tells what happened, not what led to the best model
-        super()._load_best_model()
+        assert flow is not None  # checkpoints are written while it trains
+        flow.check_finite()
+        save_state(flow.state_dict(), folder)
 
-
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def load_engine(self, folder: Path, *, resumes: bool) -> None:
+        """Bring the model to the ranks of a checkpoint, before its weights are loaded."""
+        state = load_state(folder)
+        flow = self.rankflow.flow
+        if resumes or flow is None:
+            self.rankflow.start(self.model, state["total_steps"], resume=state)
+            return
+        history = flow.history
+        flow.load_state_dict(state)
+        flow.history = history  # it tells what happened, not what led to the best model
 
 
 def _refuse_other_ranks(model: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
@@ -319,15 +378,15 @@ def _refuse_other_ranks(model: nn.Module, state_dict: dict[str, Tensor], *_: Any
             raise CheckpointError(
                 f"the checkpoint holds {name} of shape {tuple(state_dict[name].shape)} and the "
                 f"model has {tuple(parameter.shape)}: its ranks have moved, and this Trainer "
-                "cannot follow; resume with RankFlowTrainer"
+                f"cannot follow; {_RESUME}"
             )
 
 
-def _check_plain(args: TrainingArguments, state: TrainerState) -> None:
-    if state.global_step > 0:
+def _check_plain(args: TrainingArguments, state: TrainerState, is_new: bool) -> None:
+    if state.global_step > 0 and is_new:
         raise CheckpointError(
             f"the run was resumed at step {state.global_step}, and this Trainer does not restore "
-            "the scores and the budget's history; resume with RankFlowTrainer"
+            f"the scores and the budget's history; {_RESUME}"
         )
     if args.load_best_model_at_end:
         raise RankFlowError(

@@ -23,18 +23,28 @@ from rankflow.report.scalars import event_scalars
 class TensorBoardSink:
     """A sink that writes each event for TensorBoard, readable once the call returns."""
 
-    def __init__(self, target: str | Path | SummaryWriter, *, maximum: int | None = None) -> None:
+    def __init__(
+        self,
+        target: str | Path | SummaryWriter,
+        *,
+        maximum: int | None = None,
+        purge_step: int | None = None,
+    ) -> None:
         """Choose where to write.
 
         Args:
-            target: A log directory, or a writer that the caller owns. A resumed run gives
-                ``SummaryWriter(directory, purge_step=step)``, so that the events that it repeats
-                do not appear twice.
+            target: A log directory, or a writer that the caller owns.
             maximum: Rank at the top of every image's colour scale; None takes each event's
                 largest rank.
+            purge_step: First step that is to come; a resumed run gives it, so that the events
+                that it repeats do not appear twice. A writer has its own.
         """
         self._owns_writer = not isinstance(target, SummaryWriter)
-        self._writer = target if isinstance(target, SummaryWriter) else SummaryWriter(target)
+        self._writer = (
+            target
+            if isinstance(target, SummaryWriter)
+            else SummaryWriter(target, purge_step=purge_step)
+        )
         self._maximum = maximum
 
     def __call__(self, event: RankEvent) -> None:

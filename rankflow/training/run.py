@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from rankflow.adapters.sites import find_sites
+from rankflow.durable import claim
 from rankflow.export.inspect import inspect_adapter
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
@@ -16,9 +17,11 @@ from rankflow.integrations.huggingface import RankFlowTrainer
 from rankflow.quiet import quiet_libraries
 from rankflow.specs.run import RunSpec
 from rankflow.training.arguments import make_arguments
+from rankflow.training.interrupts import StopSignals
 from rankflow.training.job import Job, prepare
 from rankflow.training.progress import ProgressBar
 from rankflow.training.result import RunResult, print_result
+from rankflow.training.resuming import find_start, read_result
 from rankflow.training.run_folder import (
     ADAPTER_FOLDER,
     METRICS_FILE,
@@ -29,43 +32,60 @@ from rankflow.training.run_folder import (
 from rankflow.training.trainer import make_trainer, start_training
 
 
-def train(spec: RunSpec, *, console: Console) -> RunResult:
+def train(spec: RunSpec, *, console: Console, resume: bool = False) -> RunResult:
     """Train an adapter under its budget, judge it, export it, and tell.
 
-    An earlier run in the output folder is moved aside; with ``resume_from_checkpoint`` in
-    ``[train]`` the run goes on in its folder instead.
+    An earlier run in the output folder is moved aside. With ``resume``, or with
+    ``resume_from_checkpoint`` in ``[train]``, the run goes on in its folder instead, bit for bit as
+    if it had never stopped. On SIGTERM and SIGINT it saves a checkpoint and exits, see
+    ``rankflow.training.interrupts``.
 
     Args:
         spec: The run, from ``rankflow.specs.run.load_run``.
         console: Where to draw.
+        resume: Whether to go on from the newest checkpoint that is as it was written; a run that
+            has none begins, and one that has ended is told again.
 
     Raises:
         RankFlowError: Anything about the run is wrong; found before the first step.
+        CheckpointError: It cannot be resumed.
     """
-    began = time.perf_counter()
     folder = Path(spec.train["output_dir"])
     check_folder(folder)
-    with quiet_libraries():
-        args = make_arguments(spec)
-        job = prepare(spec, args.device, console)
-        trainer = make_trainer(spec, job, args)
-        if args.resume_from_checkpoint is None:
-            aside = start_folder(folder, spec)
-            if aside is not None:
-                console.print(
-                    f"output      an earlier run moved to {aside}", highlight=False, soft_wrap=True
-                )
-        trainer.remove_callback(PrinterCallback)  # the console tells what there is to tell
-        baseline = job.baseline or _measure_base_model(trainer, job)
-        _train_under_bar(trainer, console)
-        metrics = _measure(trainer, job)
-        adapter = _export(trainer, metrics, folder / ADAPTER_FOLDER, job.tokenizer)
+    with claim(folder), StopSignals(console) as signals, quiet_libraries():
+        start = find_start(folder, spec, console) if resume else None
+        result = read_result(folder) if resume else None
+        if result is None:
+            result = _run(spec, console, signals, start)
+    print_result(result, spec, console)
+    return result
+
+
+def _run(spec: RunSpec, console: Console, signals: StopSignals, start: Path | None) -> RunResult:
+    began = time.perf_counter()
+    folder = Path(spec.train["output_dir"])
+    args = make_arguments(spec)
+    if start is not None:
+        args.resume_from_checkpoint = str(start)
+    job = prepare(spec, args.device, console)
+    trainer = make_trainer(spec, job, args)
+    trainer.add_callback(signals)
+    if args.resume_from_checkpoint is None:
+        aside = start_folder(folder, spec)
+        if aside is not None:
+            console.print(
+                f"output      an earlier run moved to {aside}", highlight=False, soft_wrap=True
+            )
+    trainer.remove_callback(PrinterCallback)  # the console tells what there is to tell
+    baseline = job.baseline or _measure_base_model(trainer, job)
+    _train_under_bar(trainer, console)
+    metrics = _measure(trainer, job)
+    adapter = _export(trainer, metrics, folder / ADAPTER_FOLDER, job.tokenizer)
     seconds = time.perf_counter() - began
     result = _sum_up(trainer, job, folder, adapter, baseline, metrics, seconds)
     write_json(
         folder / METRICS_FILE, asdict(result) | {"folder": str(folder), "adapter": str(adapter)}
     )
-    print_result(result, spec, console)
     return result
 
 

@@ -241,7 +241,7 @@ def test_budgets_are_given_to_a_script():
 
 
 def test_what_libraries_print_does_not_reach_a_script(run_file, monkeypatch):
-    def receive(run, *, console):
+    def receive(run, *, console, resume):
         print("a library speaks")
         console.print("done")
         return {"loss": float("nan"), "folder": Path("out")}

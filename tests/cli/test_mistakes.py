@@ -114,7 +114,7 @@ def refuse(code):
     ],
 )
 def test_what_the_system_refuses_is_told_with_the_place(code, remedy, desk, monkeypatch):
-    monkeypatch.setattr("rankflow.durable.tempfile.mkdtemp", refuse(code))
+    monkeypatch.setattr("rankflow.durable.seal", refuse(code))
     check_told(run("export run --output out"), f"error: runs/a: {remedy}")
 
 

@@ -369,6 +369,7 @@ def test_an_adapter_of_another_name_is_written_as_a_folder_of_its_own(tmp_path):
     folder = export_adapter(model, tmp_path / "adapter", adapter_name="steered")
     assert names(folder) == [
         "README.md",
+        "SHA256SUMS",
         "adapter_config.json",
         "adapter_model.safetensors",
         "export_report.json",

@@ -169,10 +169,7 @@ def test_a_model_that_is_not_whole(pattern, content, told, spoil):
         ("train.output_dir=file/out", "a file lies where a folder is meant; name another path"),
         ("train.report_to=wandbb", "wandbb is not supported"),
         ("train.eval_strategy=steps", "you didn't pass an `eval_dataset`"),
-        (
-            "train.resume_from_checkpoint=nowhere",
-            "resume from a checkpoint that RankFlow's trainer",
-        ),
+        ("train.resume_from_checkpoint=nowhere", "no such folder; name another checkpoint"),
     ],
 )
 def test_what_is_wrong_leaves_an_earlier_run_where_it_is(override, told, desk):

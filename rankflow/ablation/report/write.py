@@ -10,7 +10,7 @@ from rankflow.ablation.report.document import Picture
 from rankflow.ablation.report.html import render_html
 from rankflow.ablation.report.markdown import FIGURES, render_markdown
 from rankflow.ablation.report.method import MethodWords
-from rankflow.durable import new_folder
+from rankflow.durable import new_folder, write_file
 from rankflow.specs.ablation import AblationSpec
 
 
@@ -60,6 +60,6 @@ def write_report(
         html=folder / "report.html",
         figures=tuple(folder / FIGURES / f"{picture.name}.png" for picture in pictures),
     )
-    report.markdown.write_text(render_markdown(document), "utf-8")
-    report.html.write_text(render_html(document, f"Ablation {spec.name}"), "utf-8")
+    write_file(report.markdown, render_markdown(document))
+    write_file(report.html, render_html(document, f"Ablation {spec.name}"))
     return report

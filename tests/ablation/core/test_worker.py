@@ -8,8 +8,9 @@ import torch
 from rankflow.ablation.methods.method import UnsupportedError
 from rankflow.ablation.methods.registry import METHODS
 from rankflow.ablation.records import Cell, RankHistory, RankMoment
-from rankflow.ablation.trainer import CellTrainer, WholeMark, last_whole_checkpoint
+from rankflow.ablation.trainer import CellTrainer
 from rankflow.ablation.worker import CellRunner, Order
+from rankflow.checkpoint import find_checkpoint
 
 SITES = 2 * (4 * (16 + 16) + 2 * (16 + 32))  # in + out of all sites of the tiny encoder
 HEAD = 16 * 2 + 2
@@ -201,15 +202,15 @@ class Killed(BaseException):
 
 def killed_after(step, spec, order, monkeypatch):
     """Run a cell up to a step, and into the middle of its checkpoint."""
-    mark = WholeMark.on_save
+    save = CellTrainer.save_engine
 
-    def on_save(callback, args, state, control, **_):
-        if state.global_step >= step:
+    def save_engine(trainer, folder):
+        if trainer.state.global_step >= step:
             raise Killed
-        return mark(callback, args, state, control)
+        save(trainer, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(WholeMark, "on_save", on_save)
+        patch.setattr(CellTrainer, "save_engine", save_engine)
         with pytest.raises(Killed):
             CellRunner(spec).run(order)
 
@@ -224,8 +225,7 @@ def test_a_killed_cell_goes_on_from_its_last_whole_checkpoint(
     whole = CellRunner(spec).run(Order(cell))
     order = Order(cell, folder=tmp_path / "cell")
     killed_after(6, spec, order, monkeypatch)
-    assert (order.folder / "checkpoint-6").is_dir()  # torn, and not to be gone on from
-    assert last_whole_checkpoint(order.folder, 8) == str(order.folder / "checkpoint-4")
+    assert find_checkpoint(order.folder).path == order.folder / "checkpoint-4"
     runner = CellRunner(spec)
     seen = record_rows(runner)
     resumed = runner.run(order)
