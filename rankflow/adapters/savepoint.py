@@ -56,10 +56,11 @@ class Savepoint:
         if optimizer is not None:
             containers += [group["params"] for group in optimizer.param_groups]
         parameters = [p for site in sites for p in _parameters_of(site)]
-        hooks = [p._post_accumulate_grad_hooks for p in parameters]
-        containers += [hook for hook in hooks if hook is not None]
         self._contents = [(container, container.copy()) for container in containers]
-        self._parameters = [(p, p.data, p.grad, p.requires_grad) for p in parameters]
+        self._parameters = [
+            (p, p.data, p.grad, p.requires_grad, dict(p._post_accumulate_grad_hooks or {}))
+            for p in parameters
+        ]
 
     def restore(self) -> None:
         """Put everything back."""
@@ -68,10 +69,12 @@ class Savepoint:
             vars(owner).update(attributes)
         for container, content in self._contents:
             _refill(container, content)
-        for parameter, data, gradient, requires_grad in self._parameters:
+        for parameter, data, gradient, requires_grad, hooks in self._parameters:
             parameter.requires_grad_(requires_grad)
             parameter.data = data
             parameter.grad = gradient
+            if parameter._post_accumulate_grad_hooks is not None:
+                _refill(parameter._post_accumulate_grad_hooks, hooks)
 
 
 @contextmanager

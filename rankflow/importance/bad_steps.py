@@ -125,7 +125,7 @@ def _where(reading: Reading) -> str:
     finite = reading.finite.tolist()
     bad = [owner for owner, is_finite in zip(reading.owners, finite, strict=True) if not is_finite]
     if not bad:
-        return "each gradient was finite"
+        return "each gradient was finite, and their norm overflowed, or the loss was not"
     if len(bad) == len(finite):
         return "no gradient was finite"
     return f"the gradients of {name_sites(bad)} were not finite"

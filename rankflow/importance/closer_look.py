@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from rankflow.adapters.sites import Site
-from rankflow.importance.finite import Owned, name_sites
+from rankflow.importance.finite import Owned, are_sound, name_sites
 
 
 class CloserLook:
@@ -55,4 +55,5 @@ class CloserLook:
 
     def _note_gradient(self, owner: str | None, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._gradients.append((owner, torch.isfinite(parameter.grad).all()))
+            norm = torch.linalg.vector_norm(parameter.grad)
+            self._gradients.append((owner, are_sound(norm)))

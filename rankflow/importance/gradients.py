@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rankflow.adapters.sites import Site
 from rankflow.errors import RankFlowError
-from rankflow.importance.finite import Owned, norms_of_all
+from rankflow.importance.finite import Owned, are_sound, norms_of_all
 
 _PROBES = 4
 
@@ -37,7 +37,7 @@ class StepGradients:
     Clipping multiplies every gradient by one unknown factor, and loops differ in where they do it.
     The factor is read off a few tensors: a hook notes their norm each time that backward has
     accumulated into them, and ``unclip`` compares it with the norm that is left,
-    :math:`\sqrt{\lVert g_\text{backward} \rVert^2 / \lVert g_\text{now} \rVert^2}`. This holds for
+    :math:`\lVert g_\text{backward} \rVert / \lVert g_\text{now} \rVert`. This holds for
     any loop, for gradient accumulation, and without waiting for the device.
 
     Args:
@@ -94,10 +94,10 @@ class StepGradients:
         norms = norms_of_all([gradient for gradient, _ in present], self._home)
         total = torch.linalg.vector_norm(norms)
         before, now = self._at_probes()
-        factor = torch.where(now > 0, (before / now).sqrt() / loss_scale, 1)
-        is_sound = torch.isfinite((total * factor).square()) & torch.isfinite(before)
+        factor = torch.where(now > 0, before / now / loss_scale, 1)
         is_flat = (total == 0) & (before > 0)
-        return Reading(is_sound & ~is_flat, factor, torch.isfinite(norms), owners)
+        accept = are_sound(total * factor) & torch.isfinite(before) & ~is_flat
+        return Reading(accept, factor, are_sound(norms), owners)
 
     @torch.no_grad()
     def mute(self, accept: Tensor) -> None:
@@ -111,15 +111,15 @@ class StepGradients:
                 gradient.masked_fill_(refuse[gradient.device], 0)
 
     def _at_probes(self) -> tuple[Tensor, Tensor]:
-        """Return the squared norm at the probes after backward and now; zeros if unknown."""
+        """Return the norm at the probes after backward and now; zeros if unknown."""
         seen = [p for p in self._probes if p in self._accumulated and p.grad is not None]
         if not seen:
             if self._handles:
                 self._look_elsewhere()
             unknown = torch.zeros((), device=self._home)
             return unknown, unknown
-        before = _gather([self._accumulated[p] for p in seen], self._home).sum()
-        now = _gather([_square(p.grad) for p in seen if p.grad is not None], self._home).sum()
+        before = _total([self._accumulated[p] for p in seen], self._home)
+        now = _total([_norm(p.grad) for p in seen if p.grad is not None], self._home)
         self._accumulated.clear()
         return before, now
 
@@ -138,7 +138,7 @@ class StepGradients:
 
     def _note(self, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._accumulated[parameter] = _square(parameter.grad)  # type: ignore[index]
+            self._accumulated[parameter] = _norm(parameter.grad)  # type: ignore[index]
 
 
 def _trained(site: Site) -> tuple[nn.Parameter, ...]:
@@ -146,12 +146,12 @@ def _trained(site: Site) -> tuple[nn.Parameter, ...]:
     return factors if site.magnitude is None else (*factors, site.magnitude)
 
 
-def _square(gradient: Tensor) -> Tensor:
-    return gradient.detach().float().square().sum()
+def _norm(gradient: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient.detach().float())
 
 
-def _gather(numbers: Sequence[Tensor], home: torch.device) -> Tensor:
-    return torch.stack([n.to(home, torch.float32, non_blocking=True) for n in numbers])
+def _total(norms: Sequence[Tensor], home: torch.device) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([n.to(home, non_blocking=True) for n in norms]))
 
 
 def _spread(items: Sequence[nn.Parameter], count: int) -> list[nn.Parameter]:

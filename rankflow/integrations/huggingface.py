@@ -6,8 +6,8 @@ stands between ``unscale_`` and ``step``.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from rankflow.checkpoint import check_resumable, checkpoint_name, load_state, save_state
 from rankflow.durable import claim, is_failed_write, seal
 from rankflow.engine import RankFlow
-from rankflow.errors import CheckpointError, RankFlowError
+from rankflow.errors import CheckpointError, DivergenceError, RankFlowError
 from rankflow.importance.bad_steps import MAX_BAD_STEPS
 from rankflow.integrations.durable_trainer import (
     DurableTrainer,
@@ -213,7 +213,8 @@ class RankFlowCallback(TrainerCallback):
         """
         flow = self._running()
         loss, self._loss = self._loss, None
-        flow.observe(loss_scale=_loss_scale(optimizer), loss=loss)
+        with self._closed_on_divergence():
+            flow.observe(loss_scale=_loss_scale(optimizer), loss=loss)
         if not _is_scaled(optimizer):
             flow.mute_bad_step()
         flow.regularise()
@@ -228,16 +229,18 @@ class RankFlowCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Count the step, reallocate if an event is due, and have only finite weights saved."""
-        self._running().step(optimizer)
-        if control.should_save:
-            self._running().check_finite()
+        with self._closed_on_divergence():
+            self._running().step(optimizer)
+            if control.should_save:
+                self._running().check_finite()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Have only finite weights saved."""
         if control.should_save:
-            self._running().check_finite()
+            with self._closed_on_divergence():
+                self._running().check_finite()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -248,7 +251,8 @@ class RankFlowCallback(TrainerCallback):
         """
         if self._keeps_checkpoints:
             return
-        self._running().check_finite()
+        with self._closed_on_divergence():
+            self._running().check_finite()
         PartialState().wait_for_everyone()  # until all have written their parts
         if not state.is_world_process_zero:
             return
@@ -280,6 +284,14 @@ class RankFlowCallback(TrainerCallback):
                 len(event.pruned),
                 event.limit,
             )
+
+    @contextmanager
+    def _closed_on_divergence(self) -> Iterator[None]:
+        try:
+            yield
+        except DivergenceError:
+            self._close(self._running())
+            raise
 
     def _close(self, flow: RankFlow) -> None:
         if self._sinks is None:
@@ -374,7 +386,9 @@ class RankFlowTrainer(DurableTrainer):
 
 def _refuse_other_ranks(model: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
     for name, parameter in model.named_parameters():
-        if ".lora_" in name and name in state_dict and state_dict[name].shape != parameter.shape:
+        if ".lora_" not in name or name not in state_dict or parameter.numel() == 0:
+            continue  # for what is empty a state dict holds a stand-in
+        if state_dict[name].shape != parameter.shape:
             raise CheckpointError(
                 f"the checkpoint holds {name} of shape {tuple(state_dict[name].shape)} and the "
                 f"model has {tuple(parameter.shape)}: its ranks have moved, and this Trainer "
