@@ -54,17 +54,17 @@ class BadSteps:
 
     def restart(self, in_a_row: int) -> None:
         """Go on from that many bad steps in a row."""
-        self.close()
         self._known = in_a_row
         self._count = torch.tensor(in_a_row, device=self._home)
         self._arriving: tuple[_Step, _Arrival] | None = None
         self._first: _Step | None = None
-        self._look = None
+        self.close()
 
     def close(self) -> None:
         """Remove the hooks."""
         if self._look is not None:
             self._look.close()
+            self._look = None
 
     @property
     def in_a_row(self) -> int:
@@ -102,13 +102,15 @@ class BadSteps:
         self._arriving = None
         self._known = arrival.read()
         if self._known == 0:
-            self.restart(0)
+            self._first = None
+            self.close()
             return
         if self._first is None:
             self._first = step
         if self._known >= self._limit:
+            message = self._tell(self._first, step.number)
             self.close()
-            raise DivergenceError(self._tell(self._first, step.number))
+            raise DivergenceError(message)
 
     def _tell(self, seen: _Step, last: int) -> str:
         first = last - self._known + 1

@@ -108,7 +108,7 @@ class Run:
 
 
 class AtLine:
-    """Raises at the n-th line, or call, of RankFlow's own code within the block."""
+    """Raises at the n-th line of RankFlow's own code within the block."""
 
     def __init__(self, n, error=KeyboardInterrupt):
         self.left, self.error = n, error
@@ -123,7 +123,7 @@ class AtLine:
     def _trace(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(HOME):
             return None
-        if event in ("line", "call"):
+        if event == "line":  # a call may be that of a generator which is thrown away
             self.left -= 1
             if self.left == 0:
                 raise self.error
