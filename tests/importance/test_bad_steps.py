@@ -49,9 +49,12 @@ class Loop:
     def fail(self, *arguments, **keywords):
         """Go on until it stops, and return what it says."""
         with pytest.raises(DivergenceError) as caught:
-            for _ in range(9):
-                self.step(*arguments, **keywords)
+            self.steps(9, *arguments, **keywords)
         return str(caught.value)
+
+    def steps(self, count, *arguments, **keywords):
+        for _ in range(count):
+            self.step(*arguments, **keywords)
 
 
 def at_gradient(name):
