@@ -20,9 +20,6 @@ from rankflow.errors import SurgeryError, brief
 
 _Container = dict[Any, Any] | list[Any] | set[Any]
 
-# What a site never changes: the adapted layer itself, and the dropout of its adapters.
-_FIXED = ("base_layer", "lora_dropout")
-
 
 class Savepoint:
     """Sites, an optimizer and other objects as they are.
@@ -56,7 +53,8 @@ class Savepoint:
         if optimizer is not None:
             containers += [group["params"] for group in optimizer.param_groups]
         parameters = [p for site in sites for p in _parameters_of(site)]
-        self._contents = [(container, container.copy()) for container in containers]
+        # Most are empty, and of modules there are many.
+        self._contents = [(c, c.copy() if c else ()) for c in containers]
         self._parameters = [
             (p, p.data, p.grad, p.requires_grad, dict(p._post_accumulate_grad_hooks or {}))
             for p in parameters
@@ -136,7 +134,7 @@ def undone(what: str, error: Exception) -> SurgeryError:
 def _modules_of(layer: nn.Module) -> Iterator[nn.Module]:
     yield layer
     for name, child in layer.named_children():
-        if name not in _FIXED:
+        if name != "base_layer" and any(True for _ in child.parameters()):
             yield from child.modules()
 
 
@@ -145,7 +143,7 @@ def _parameters_of(site: Site) -> list[nn.Parameter]:
     return [*site.named_parameters.values(), *([] if row_gate is None else [row_gate])]
 
 
-def _refill(container: _Container, content: _Container) -> None:
+def _refill(container: _Container, content: _Container | tuple[()]) -> None:
     container.clear()
     if isinstance(container, list):
         container.extend(content)

@@ -60,3 +60,10 @@ def test_state_follows_components_of_any_shape():
     assert follow(state[:, 0], torch.tensor([-1, 1])).tolist() == [0, 2]
     assert follow(state, torch.tensor([], dtype=torch.long)).shape == (0, 2)
     assert follow(state[:0], torch.tensor([-1, -1])).tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_number_that_is_not_finite_is_left_out_where_it_stands():
+    average = ComponentAverage(3, 0.5, torch.zeros(()))
+    average.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor(True))
+    average.update(torch.tensor([5.0, float("inf"), float("nan")]), torch.tensor(True))
+    assert average.read().tolist() == pytest.approx([11 / 3, 2.0, 3.0])

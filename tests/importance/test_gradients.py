@@ -59,6 +59,47 @@ def test_the_magnitude_of_a_dead_site_is_watched(steer, watch):
     assert not gradients.read().accept
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+def test_a_number_that_was_mended_before_anybody_looked_refuses_the_step(value, steer, watch):
+    """Clipping turns a norm that overflows into zeros, and others replace what is not a number."""
+    steered = steer()
+    gradients = watch(steered.sites)
+    steered.backward(0, scale=value)
+    for p in parameters(steered):
+        p.grad = None if p.grad is None else torch.zeros_like(p.grad)
+    assert not gradients.read().accept
+    steered.backward(0)
+    assert gradients.read().accept
+
+
+def test_what_is_trained_beside_the_adapter_must_be_finite_too_and_is_told_apart(steer):
+    steered = steer()
+    head = nn.Parameter(torch.ones(3))
+    gradients = StepGradients(steered.sites, [head])
+    steered.backward(0)
+    head.grad = torch.tensor([1.0, float("nan"), 1.0])
+    reading = gradients.read()
+    assert not reading.accept
+    bad = [o for o, fine in zip(reading.owners, reading.finite.tolist(), strict=True) if not fine]
+    assert bad == [None]
+    gradients.close()
+
+
+@pytest.mark.parametrize("accept", [True, False])
+def test_a_muted_step_has_zero_gradients_everywhere_and_an_accepted_one_its_own(accept, steer):
+    steered = steer(use_dora=True)
+    head = nn.Parameter(torch.ones(3))
+    gradients = StepGradients(steered.sites, [head])
+    steered.backward(0)
+    head.grad = torch.full((3,), 2.0 if accept else float("nan"))
+    watched = [p for p, _ in gradients.parameters if p.grad is not None]
+    before = [p.grad.clone() for p in watched]
+    gradients.mute(torch.tensor(accept))
+    for p, own in zip(watched, before, strict=True):
+        assert torch.equal(p.grad, own if accept else torch.zeros_like(own))
+    gradients.close()
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.37, 1e-6, 12.0])
 def test_one_factor_on_all_gradients_is_read_off(factor, steer, watch):
     steered = steer()
