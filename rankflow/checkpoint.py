@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from rankflow.checkpoint_state import check_state
+from rankflow.containment import contained
 from rankflow.durable import find_damage
-from rankflow.errors import CheckpointError
+from rankflow.errors import CheckpointError, FileError, brief, excerpt
+from rankflow.strict_json import parse_json
+from rankflow.tensor_files import TensorFile, check_finite, read_header
 
 CHECKPOINT: Final = "checkpoint-"  # as transformers begins the names of its folders
 STATE_FILE = "rankflow_state.safetensors"
 SCHEMA = 3
 
+_MOST_VALUES = 10_000_000  # hundreds of events on hundreds of sites
 _TENSORS = ("scorer", "sketch", "gated")
 
 _RESUMABLE: Final = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
@@ -136,16 +141,19 @@ def load_state(folder: str | Path) -> dict[str, Any]:
             "checkpoint that RankFlow's trainer or callback wrote"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            state: dict[str, Any] = json.loads(file.metadata()["state"])
-            schema = state.pop("schema")
+        file = read_header(contained(Path(folder), STATE_FILE))
+        state = _read_values(file)
+        schema = state.pop("schema")
+        if schema == SCHEMA:
+            check_state(state)
+            check_finite(file)
             state |= {part: {} for part in _TENSORS}
-            for name in file.keys():  # noqa: SIM118 - the handle has keys() and no iterator
+            for name, tensor in load_file(path).items():
                 part, _, key = name.partition(".")
-                state[part][key] = file.get_tensor(name)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                state[part][key] = tensor
+    except (FileError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); resume from an older checkpoint"
+            f"{path} is damaged ({brief(error)}); resume from an older checkpoint"
         ) from error
     if schema != SCHEMA:
         raise CheckpointError(
@@ -153,3 +161,12 @@ def load_state(folder: str | Path) -> dict[str, Any]:
             "version of RankFlow that wrote it"
         )
     return state
+
+
+def _read_values(file: TensorFile) -> dict[str, Any]:
+    """Return the plain values, which stand in the header as JSON."""
+    text = file.metadata["state"].encode()
+    values = parse_json(text, allow_nan=True, most_values=_MOST_VALUES)
+    if not isinstance(values, dict):
+        raise ValueError(f"its state is {excerpt(values)} instead of an object")
+    return values

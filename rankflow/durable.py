@@ -34,7 +34,12 @@ _MARK: Final = ".tmp."
 _MARK_OLD: Final = ".tmp.old"
 
 # How safetensors, tokenizers and torch say that a disk is full: by no OSError.
-_FAILED_WRITES: Final = ("os error 28", "iostream error", "PytorchStreamWriter failed writing")
+_FAILED_WRITES: Final = (
+    "os error 28",
+    "iostream error",
+    "PytorchStreamWriter failed writing",
+    "unexpected pos",
+)
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _AT_WORKING_DIRECTORY: Final = -100  # of Linux: AT_FDCWD
 _EXCHANGE: Final = 2  # RENAME_EXCHANGE

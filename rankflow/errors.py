@@ -48,6 +48,10 @@ class DivergenceError(RankFlowError):
     """Loss, gradients or weights are not finite, and training on would not mend it."""
 
 
+class FileError(RankFlowError):
+    """A file is damaged, or asks for what no file may: code, or files outside its folder."""
+
+
 class CheckpointError(RankFlowError):
     """A checkpoint is missing, damaged, or belongs to another model or budget."""
 

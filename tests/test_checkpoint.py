@@ -1,19 +1,36 @@
 import json
+import math
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from rankflow.checkpoint import STATE_FILE, load_state, save_state
 from rankflow.errors import CheckpointError
+from rankflow.records import RankEvent
+
+VALUES = {
+    "budget": {"rank": 4.0},
+    "total_steps": 9,
+    "ranks": {"q": 2, "v": 0},
+    "steps": 7,
+    "observed": 7,
+    "limit": 64,
+    "magnitudes": [True, False],
+    "young": [[30, 2], []],
+    "ages": [3, 0],
+    "demand": [0.1, 1e-300],
+    "magnitude_ages": [1, 1],
+    "promise": [0.0, 3.0],
+    "history": [],
+}
 
 
 def make_state():
-    return {
-        "steps": 7,
-        "demand": [0.1, 1e-300, 3.0],
-        "ranks": {"q": 2, "v": 0},
-        "history": [{"index": 0, "ranks": {"q": 2}}],
+    event = RankEvent(0, 5, 64, 64, 32, {"q": 3}, {"q": 2}, {"q": math.inf}, (), (), 0.5)
+    return VALUES | {
+        "history": TypeAdapter(list[RankEvent]).dump_python([event], mode="json"),
         "scorer": {
             "sum": torch.randn(5),
             "by_column": torch.randn(4, 3).T,
@@ -39,7 +56,7 @@ def test_a_state_reads_back_bit_for_bit(tmp_path):
 
 
 def test_a_state_without_tensors_reads_back(tmp_path):
-    state = {"steps": 1, "scorer": {}, "sketch": {}, "gated": {}}
+    state = VALUES | {"scorer": {}, "sketch": {}, "gated": {}}
     save_state(state, tmp_path)
     assert load_state(tmp_path) == state
 

@@ -358,6 +358,7 @@ def test_a_second_thread_is_refused_and_one_thread_may_claim_twice(tmp_path):
         (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
         (OSError(errno.ENOENT, "No such file or directory"), False),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"), True),
+        (RuntimeError("[enforce fail] . unexpected pos 64 vs 0"), True),
         (Exception("No space left on device (os error 28)"), True),
         (RuntimeError("shapes do not match"), False),
     ],

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from rankflow.ablation.records import Cell, CellResult
 from rankflow.durable import claim, write_file
 from rankflow.errors import RankFlowError
+from rankflow.strict_json import parse_json
 
 RESULT_FILE: Final = "result.json"
 ARCHIVE: Final = "results.jsonl"
@@ -136,7 +137,7 @@ def render(result: CellResult) -> str:
 
 def _parse(text: str, origin: str) -> CellResult:
     try:
-        return _RESULT.validate_python(json.loads(text))
+        return _RESULT.validate_python(parse_json(text.encode()))
     except (ValidationError, ValueError) as error:
         raise RankFlowError(
             f"{origin} is not a result of an ablation: {error}; remove it, and the cell runs again"

@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankflow.analysis.checkpoints import Checkpoint
 from rankflow.analysis.naming import Renaming, match_names
-from rankflow.errors import RankFlowError, brief
+from rankflow.errors import FileError, RankFlowError, brief
+from rankflow.export.adapter_files import check_adapter_files
+from rankflow.export.fit import check_fit
+from rankflow.model_files import SAFE, check_model
 from rankflow.quiet import quiet_libraries
 from rankflow.report.layout import parse_site
 
@@ -77,9 +79,10 @@ def load_weights(source: str) -> Weights:
     Raises:
         RankFlowError: It cannot be read, or it is quantised.
     """
+    check_model(source)
     try:
         with quiet_libraries():
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             if getattr(config, "quantization_config", None) is not None:
                 raise RankFlowError(
                     f"{source} is quantised, and its weights are codes rather than numbers; name "
@@ -87,9 +90,11 @@ def load_weights(source: str) -> Weights:
                 )
             architecture = (config.architectures or [""])[0]
             model, info = getattr(transformers, architecture, AutoModel).from_pretrained(
-                source, config=config, dtype="auto", output_loading_info=True
+                source, config=config, dtype="auto", output_loading_info=True, **SAFE
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except RankFlowError:
+        raise
+    except Exception as error:  # a damaged file makes these libraries raise anything
         raise RankFlowError(
             f"{source} cannot be read as a model: {brief(error)}; name 'minilm', a folder that "
             "`save_pretrained` wrote, or a hub id"
@@ -150,11 +155,12 @@ def _read_model(base: Weights, folder: Path, wanted: frozenset[str]) -> Iterator
 
 
 def _read_adapter(base: Weights, folder: Path, wanted: frozenset[str]) -> Iterator[Pair]:
+    check_adapter_files(folder)
     config = _read_config(folder)
     prefix = f".{PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]}"
     try:
         tensors = load_peft_weights(str(folder), device="cpu")
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # its reader may be stricter than the checks
         raise RankFlowError(f"the adapter in {folder} cannot be read: {error}") from error
     inside = {key for key in tensors if key.startswith(_ROOT)}
     for key in inside:
@@ -172,7 +178,7 @@ def _read_adapter(base: Weights, folder: Path, wanted: frozenset[str]) -> Iterat
 def _read_config(folder: Path) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # PEFT's classes of configurations raise anything
         raise RankFlowError(f"the adapter in {folder} cannot be read: {error}") from error
     if config.is_prompt_learning or config.peft_type not in PEFT_TYPE_TO_PREFIX_MAPPING:
         raise RankFlowError(
@@ -208,14 +214,18 @@ def _adapted(
         holder.add_module(part, host)
         host = holder
     try:
+        if config.peft_type == PeftType.LORA:
+            check_fit(folder, host, with_heads=False)
         with quiet_libraries():
             model = PeftModel(host, config)
-    except (ValueError, RuntimeError) as error:
+    except FileError:
+        raise
+    except Exception as error:  # PEFT raises anything for a configuration that makes no sense
         raise _unfit(folder, error) from error
     try:
         try:
             set_peft_model_state_dict(model, tensors)
-        except (ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError) as error:
             raise _unfit(folder, error) from error
         yield model.get_base_model()
     finally:

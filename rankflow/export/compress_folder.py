@@ -9,16 +9,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rankflow.adapters.stock import check_base, exactly, plain_alpha
 from rankflow.errors import BudgetError, ExportError, RankFlowError, SiteError
+from rankflow.export.adapter_files import read_lora_config
 from rankflow.export.compression import Compression, Request
 from rankflow.export.decide import Adapter, Decision, Remainder, decide
 from rankflow.export.decompose import AdaptedMatrix, Decomposition
-from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, SiteSummary, inspect_adapter
+from rankflow.export.inspect import CONFIG, AdapterSummary, SiteSummary, inspect_adapter
+from rankflow.export.tensors import load_tensors
 from rankflow.export.tokenizer import find_tokenizer
 from rankflow.export.write import About, peft_layout, write_adapter
 from rankflow.records import FloatArray, SiteInfo, SiteKind
@@ -127,9 +128,9 @@ def compress_folder(
     if source.resolve() == output.resolve():
         raise ExportError(f"{output} is the adapter itself; write the compressed one elsewhere")
     summary = inspect_adapter(source)
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config = read_lora_config(source)
     _check_config(config, source)
-    tensors = load_file(source / WEIGHTS)
+    tensors = load_tensors(source)
     sites = tuple(_find(site, tensors) for site in summary.sites)
     names = [site.summary.name for site in sites]
     score = None if base.scores is None else partial(_score, base.scores, names)

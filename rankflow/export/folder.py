@@ -6,15 +6,15 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from rankflow.errors import ExportError
+from rankflow.export.fit import check_ranks
 from rankflow.export.formats import find_format
 from rankflow.export.inspect import CONFIG, WEIGHTS, AdapterSummary, inspect_adapter
 from rankflow.export.loading import load_adapted
 from rankflow.export.options import ExportOptions
 from rankflow.export.peft import export_adapter
 from rankflow.export.report import ExportReport, measure_files, write_report
+from rankflow.export.tensors import load_tensors
 from rankflow.export.tokenizer import TOKENIZER, find_tokenizer
 from rankflow.export.write import About, peft_layout, write_adapter
 from rankflow.quiet import quiet_libraries
@@ -47,7 +47,7 @@ def export_folder(
     Raises:
         ExportError: There is no adapter in ``source``, the output holds something else, the base
             model cannot be loaded, or the format cannot say what the adapter computes.
-        RankFlowError: The adapter is damaged.
+        RankFlowError: The adapter is damaged, or its tensors are not of its configuration's ranks.
     """
     chosen, options = find_format(format), options or ExportOptions()
     options.check(chosen)
@@ -64,9 +64,10 @@ def export_folder(
 
 def _copy(adapter: Path, summary: AdapterSummary, output: Path, options: ExportOptions) -> Path:
     """Write an adapter again without its base model."""
+    check_ranks(adapter, summary)
     return write_adapter(
         output,
-        load_file(adapter / WEIGHTS),
+        load_tensors(adapter),
         layout=peft_layout(lambda folder: shutil.copyfile(adapter / CONFIG, folder / CONFIG)),
         about=About(
             ranks=summary.ranks,

@@ -3,7 +3,6 @@
 No tensor is read and torch is not imported, so that looking at an adapter of any size is instant.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError, safe_open
-
-from rankflow.errors import RankFlowError
+from rankflow.containment import contained
+from rankflow.errors import FileError, RankFlowError, excerpt
+from rankflow.export.adapter_files import CONFIG as CONFIG
+from rankflow.export.adapter_files import WEIGHTS as WEIGHTS
+from rankflow.export.adapter_files import read_lora_config, read_weights
 from rankflow.specs.budget import match_pattern
+from rankflow.strict_json import read_json
+from rankflow.tensor_files import TensorFile
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
 FACTS: Final = "rankflow.json"
 
 Shapes = dict[str, tuple[int, ...]]
@@ -105,21 +106,11 @@ def inspect_adapter(folder: str | Path) -> AdapterSummary:
             f"did you mean {inner}?" if (inner / CONFIG).is_file() else "name an adapter's folder"
         )
         raise RankFlowError(f"{folder} holds no {CONFIG}; {hint}")
-    config = _read_config(folder / CONFIG)
-    shapes = _read_shapes(folder / WEIGHTS)
-    parts: dict[str, Shapes] = {}
-    other = 0
-    for key, shape in shapes.items():
-        match = _TENSOR.fullmatch(key)
-        if match is None:
-            other += math.prod(shape)
-        else:
-            parts.setdefault(match["site"], {})[key] = shape
-    if not parts:
-        raise RankFlowError(f"{folder / WEIGHTS} holds no LoRA tensor; was it saved by PEFT?")
+    config = read_lora_config(folder)
+    parts, other = _group(read_weights(folder))
     sites = (_summarise(site, parts[site], config) for site in sorted(parts, key=_natural_order))
     base_model = config.get("base_model_name_or_path") or ""
-    facts = _read_facts(folder / FACTS)
+    facts = _read_facts(folder)
     return AdapterSummary(
         base_model,
         tuple(sites),
@@ -129,62 +120,81 @@ def inspect_adapter(folder: str | Path) -> AdapterSummary:
     )
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
-    facts = _read_json(path) if path.is_file() else None
-    return facts if isinstance(facts, dict) else {}
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS
+    facts = read_json(contained(folder, FACTS)) if path.is_file() else None
+    if not isinstance(facts, dict):
+        return {}
+    trained, classes = facts.get("trained_parameters"), facts.get("classes")
+    if trained is not None and (type(trained) is not int or trained < 0):
+        raise FileError(f"{path} has trained_parameters = {excerpt(trained)}; remove the file")
+    if classes is not None and not _are_classes(classes):
+        raise FileError(f"{path} has classes = {excerpt(classes)}; remove the file")
+    return facts
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RankFlowError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RankFlowError(
-            f"{path} is not valid JSON: {error}; save or copy the adapter again"
-        ) from error
+def _are_classes(classes: Any) -> bool:
+    names = classes.get("id2label") if isinstance(classes, dict) else None
+    return (
+        isinstance(names, dict)
+        and all(key.isdecimal() and isinstance(name, str) for key, name in names.items())
+        and isinstance(classes.get("problem_type", 0), str | None)
+    )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = _read_json(path)
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise RankFlowError(
-            f"{path} has peft_type {kind!r}; only LORA (LoRA, DoRA) can be read; "
-            "name another adapter"
-        )
-    for key in ("r", "lora_alpha"):
-        if key not in config:
-            raise RankFlowError(f"{path} lacks the key {key!r}; was it saved by PEFT?")
-    return dict(config)
-
-
-def _read_shapes(path: Path) -> Shapes:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            keys = file.keys()
-            return {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-    except OSError as error:
-        raise RankFlowError(
-            f"{path} cannot be read: {error.strerror or error}; save or copy the adapter again"
-        ) from error
-    except SafetensorError as error:
-        raise RankFlowError(f"{path} is damaged: {error}; save or copy it again") from error
+def _group(file: TensorFile) -> tuple[dict[str, Shapes], int]:
+    """Return the shapes of the LoRA tensors by site, and how many other parameters there are."""
+    parts: dict[str, Shapes] = {}
+    other = 0
+    for key, tensor in file.tensors.items():
+        match = _TENSOR.fullmatch(key)
+        if match is None:
+            other += math.prod(tensor.shape)
+            continue
+        axes = 2 if match["part"][-1] in "AB" and not key.endswith(".bias") else 1
+        if not tensor.is_float or len(tensor.shape) < axes:
+            raise FileError(
+                f"{file.path} holds {key} of type {tensor.dtype} and shape {tensor.shape}; real "
+                f"numbers on at least {axes} axes were expected: save or copy it again"
+            )
+        parts.setdefault(match["site"], {})[key] = tensor.shape
+    if not parts:
+        raise RankFlowError(f"{file.path} holds no LoRA tensor; was it saved by PEFT?")
+    return parts, other
 
 
 def _summarise(site: str, shapes: Shapes, config: Mapping[str, Any]) -> SiteSummary:
-    a_shapes = [
-        shape for key, shape in shapes.items() if re.search(r"\.lora_(embedding_)?A\b", key)
-    ]
+    rank = _count_components(shapes)
     return SiteSummary(
         name=site,
-        rank=a_shapes[0][0] if a_shapes else 0,
+        rank=rank,
         config_rank=_by_pattern(config.get("rank_pattern"), site, config["r"]),
         alpha=_by_pattern(config.get("alpha_pattern"), site, config["lora_alpha"]),
         has_magnitude=any("lora_magnitude_vector" in key for key in shapes),
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         rank_stabilised=bool(config.get("use_rslora")),
     )
+
+
+def _count_components(shapes: Shapes) -> int:
+    """Return the rank that both factors of a site have."""
+    found = {}
+    for key in shapes:
+        match = _TENSOR.fullmatch(key)
+        if match is not None and match["part"][-1] in "AB" and not key.endswith(".bias"):
+            found[match["part"][-1]] = key
+    if not found:
+        return 0
+    if len(found) == 1:
+        (key,) = found.values()
+        raise FileError(f"{key} stands without its other factor; save or copy the adapter again")
+    a, b = shapes[found["A"]], shapes[found["B"]]
+    if a[0] != b[1]:
+        raise FileError(
+            f"{found['A']} has the shape {a} and {found['B']} the shape {b}, which are not of one "
+            "rank; save or copy the adapter again"
+        )
+    return a[0]
 
 
 def _by_pattern(pattern_values: Mapping[str, Any] | None, site: str, default: Any) -> Any:
@@ -195,6 +205,6 @@ def _by_pattern(pattern_values: Mapping[str, Any] | None, site: str, default: An
 def _natural_order(site: str) -> list[tuple[bool, int, str]]:
     """Sort key that counts: layer 2 comes before layer 10."""
     return [
-        (part.isdigit(), int(part) if part.isdigit() else 0, part)
+        (part.isdecimal(), int(part) if part.isdecimal() else 0, part)
         for part in re.split(r"(\d+)", site)
     ]

@@ -1,6 +1,5 @@
 """Load an adapter's folder on its base model, by stock libraries alone."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,8 +22,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rankflow.errors import ExportError, brief
-from rankflow.export.inspect import WEIGHTS, inspect_adapter
+from rankflow.errors import ExportError, RankFlowError, brief
+from rankflow.export.adapter_files import read_lora_config, read_weights
+from rankflow.export.fit import check_fit
+from rankflow.export.inspect import inspect_adapter
+from rankflow.model_files import SAFE, check_model
+from rankflow.strict_json import read_json
 
 _CLASSES: Final = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -37,7 +39,7 @@ _CLASSES: Final = {
 }
 _CLASSIFIERS: Final = ("SEQ_CLS", "TOKEN_CLS")
 # The last layer of a classifier, as transformers names it.
-_LAST_LAYERS: Final = ("classifier", "out_proj", "score")
+_LAST_LAYERS: Final = (["classifier"], ["out_proj"], ["score"])
 _NOTES: Final = (
     "fan_in_fan_out is set to",
     "Model (has|with) `tie_word_embeddings=True`",
@@ -65,11 +67,15 @@ def load_adapted(adapter: Path, base_model: str | None = None) -> PeftModel:
         ExportError: There is no such model, no class for the task, or the two do not fit.
     """
     name = base_model or _named_base(adapter)
+    check_model(name)
     try:
         base = _load_base(adapter, name)
+        check_fit(adapter, base)
         with without_repeated_notes():
             return PeftModel.from_pretrained(base, adapter)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except RankFlowError:
+        raise
+    except Exception as error:  # a damaged file makes these libraries raise anything
         raise ExportError(
             f"cannot load the adapter {adapter} on the base model {name!r}: {brief(error)}; name "
             "another one with --base"
@@ -87,13 +93,16 @@ def count_base(adapter: Path, base_model: str | None = None) -> int:
         ExportError: There is no such model of transformers, or no class for the task.
     """
     name = base_model or _named_base(adapter)
+    check_model(name)
     try:
         task = _task(adapter)
-        config = AutoConfig.from_pretrained(name, **_head_settings(adapter, task))
+        config = _read_model_config(adapter, name, task)
         kind = _class_for(task, config)
         with torch.device("meta"):
             model = kind(config) if issubclass(kind, PreTrainedModel) else kind.from_config(config)
-    except (OSError, ValueError) as error:
+    except RankFlowError:
+        raise
+    except Exception as error:  # a damaged file makes these libraries raise anything
         raise ExportError(
             f"the configuration of the base model {name!r} cannot be read: {error}; name another "
             "one with --base"
@@ -102,7 +111,7 @@ def count_base(adapter: Path, base_model: str | None = None) -> int:
 
 
 def _named_base(adapter: Path) -> str:
-    name: str | None = LoraConfig.from_pretrained(adapter).base_model_name_or_path
+    name: str | None = read_lora_config(adapter).get("base_model_name_or_path")
     if not name:
         raise ExportError(f"{adapter} does not say what its base model is; name it with --base")
     return name
@@ -112,16 +121,21 @@ def _load_base(adapter: Path, name: str) -> Any:
     task = _task(adapter)
     if task is None and _is_of_diffusers(Path(name) / "config.json"):
         return _load_by_diffusers(name)
-    config = AutoConfig.from_pretrained(name, **_head_settings(adapter, task))
+    config = _read_model_config(adapter, name, task)
     # A head in the base model, of other classes perhaps, is replaced by the adapter's.
     ignored = {"ignore_mismatched_sizes": True} if task in _CLASSIFIERS else {}
-    return _class_for(task, config).from_pretrained(name, config=config, **ignored)
+    return _class_for(task, config).from_pretrained(name, config=config, **SAFE, **ignored)
+
+
+def _read_model_config(adapter: Path, name: str, task: str | None) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(
+        name, trust_remote_code=False, **_head_settings(adapter, task)
+    )
 
 
 def _task(adapter: Path) -> str | None:
     """Return PEFT's name for an adapter's task."""
-    kind = LoraConfig.from_pretrained(adapter).task_type
-    task: str | None = getattr(kind, "value", kind)
+    task: str | None = read_lora_config(adapter).get("task_type")
     if task is not None and task not in _CLASSES:
         raise ExportError(
             f"{adapter} is for the task {task}, for which no class of transformers is known; load "
@@ -155,7 +169,7 @@ def _head_settings(adapter: Path, task: str | None) -> dict[str, Any]:
 
 
 def _is_of_diffusers(config: Path) -> bool:
-    return config.is_file() and "_class_name" in json.loads(config.read_text(encoding="utf-8"))
+    return config.is_file() and "_class_name" in read_json(config)
 
 
 def _load_by_diffusers(name: str) -> Any:
@@ -166,14 +180,13 @@ def _load_by_diffusers(name: str) -> Any:
         )
     from diffusers import AutoModel as DiffusersModel
 
-    return DiffusersModel.from_pretrained(name)
+    return DiffusersModel.from_pretrained(name, use_safetensors=True)
 
 
 def _count_labels(adapter: Path) -> int | None:
     """Return the rows of the head that was saved with the adapter; None if there is none."""
-    with safe_open(adapter / WEIGHTS, framework="numpy") as file:
-        for key in file.keys():  # noqa: SIM118 - the handle has keys() and no iterator
-            path = key.split(".")
-            if path[-1] == "weight" and path[-2] in _LAST_LAYERS and ".lora_" not in key:
-                return int(file.get_slice(key).get_shape()[0])
+    for key, tensor in read_weights(adapter).tensors.items():
+        path = key.split(".")
+        if path[-1] == "weight" and path[-2:-1] in _LAST_LAYERS and ".lora_" not in key:
+            return tensor.shape[0]
     return None

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import safe_open
+from rankflow.tensor_files import read_header
 
 REPORT: Final = "export_report.json"
 
@@ -99,6 +99,4 @@ def tell(report: ExportReport) -> Iterator[str]:
 
 
 def _count(file: Path) -> int:
-    with safe_open(file, framework="numpy") as handle:
-        keys = handle.keys()
-        return sum(math.prod(handle.get_slice(key).get_shape()) for key in keys)
+    return sum(math.prod(tensor.shape) for tensor in read_header(file).tensors.values())

@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -130,8 +131,8 @@ class DurableTrainer(Trainer, ABC):
             stateful_callbacks=[part for part in parts if isinstance(part, ExportableState)]
         )
         loss = {"sum": self._tr_loss.item(), "logged": self._globalstep_last_logged}
-        self.state.stateful_callbacks = exported.stateful_callbacks | {_LOSS: loss}
-        self.state.save_to_json(str(folder / "trainer_state.json"))
+        state = replace(self.state, stateful_callbacks=exported.stateful_callbacks | {_LOSS: loss})
+        state.save_to_json(str(folder / "trainer_state.json"))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -11,7 +11,6 @@ Any other line that is not an event is damage, and an error.
 """
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -21,10 +20,12 @@ from pydantic_core import to_json
 
 from rankflow.errors import RankFlowError
 from rankflow.records import RankEvent
+from rankflow.strict_json import parse_json
 
 EVENTS_FILE: Final = "events.jsonl"
 SCHEMA = 1
 
+_REMEDY = "Restore the file from a copy, or delete this line to read the other events."
 _EVENT_TYPE = TypeAdapter(RankEvent)
 
 
@@ -87,6 +88,8 @@ def read_run(folder: str | Path) -> list[RankEvent]:
     events = read_events(path)
     if not events:
         raise RankFlowError(f"{path} holds no event yet; look again after the first one")
+    for number, event in enumerate(events, 1):
+        _check(event, f"{path}, line {number}")
     return events
 
 
@@ -106,7 +109,7 @@ def decode_event(line: bytes) -> RankEvent:
     Raises:
         ValueError: The line is no JSON object, has another schema, or lacks a field.
     """
-    fields: Any = json.loads(line)
+    fields: Any = parse_json(line)
     if not isinstance(fields, dict) or "schema" not in fields:
         raise ValueError("a JSON object with the key 'schema' was expected")
     if fields["schema"] != SCHEMA:
@@ -114,13 +117,30 @@ def decode_event(line: bytes) -> RankEvent:
     return _EVENT_TYPE.validate_python(fields)
 
 
+def _check(event: RankEvent, place: str) -> None:
+    """Check what is shown of a run relies on: there are sites, the same ones, and no rank below 0.
+
+    Raises:
+        RankFlowError: It is not so, though each value is of its type.
+    """
+    sites = event.ranks.keys()
+    named = {change.site for change in event.pruned + event.born}.union(
+        event.importance, event.magnitudes, event.parameters, event.magnitude_change
+    )
+    if not sites or event.ranks_before.keys() != sites or not named <= sites:
+        raise RankFlowError(f"{place}: its parts name different sites. {_REMEDY}")
+    counts = (event.index, event.step, event.limit, event.spent_before, event.spent)
+    lowest = min(*counts, *event.ranks.values(), *event.ranks_before.values())
+    if lowest < 0:
+        raise RankFlowError(f"{place}: it counts {lowest}, below 0. {_REMEDY}")
+
+
 def _decode_line(line: bytes, place: str) -> RankEvent:
     try:
         return decode_event(line)
     except ValueError as error:
         raise RankFlowError(
-            f"{place}: not an event of RankFlow ({_reason_of(error)}). Restore the file from a "
-            "copy, or delete this line to read the other events."
+            f"{place}: not an event of RankFlow ({_reason_of(error)}). {_REMEDY}"
         ) from error
 
 

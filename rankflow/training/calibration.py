@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from rankflow.adapters.base_weight import base_rows, count_base_parameters
 from rankflow.adapters.sites import Site, find_sites
-from rankflow.errors import RankFlowError
+from rankflow.errors import ExportError, FileError, RankFlowError
 from rankflow.export.calibrate import Loss, loss_scores
 from rankflow.export.compress_folder import BaseReader
 from rankflow.export.decompose import Decomposition
+from rankflow.export.fit import check_fit
 from rankflow.export.loading import without_repeated_notes
 from rankflow.quiet import quiet_libraries
 from rankflow.records import FloatArray
@@ -96,9 +97,12 @@ def load_calibration(spec: RunSpec, adapter: Path) -> Calibration:
 
 def _put_on(base: Any, adapter: Path, spec: RunSpec) -> PeftModel:
     try:
+        check_fit(adapter, base)
         with without_repeated_notes():
             return PeftModel.from_pretrained(base, adapter)
-    except (LookupError, RuntimeError, ValueError) as error:
+    except FileError:
+        raise
+    except (ExportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RankFlowError(
             f"{adapter} does not fit the model '{spec.model.name}' of the run spec, or its data's "
             f"classes: {error}; name the spec that it was trained by"

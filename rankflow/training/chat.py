@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Final
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -155,7 +154,7 @@ class Conversation:
                 return_assistant_tokens_mask=self._has_marks,
                 **self._names,
             )
-        except (TemplateError, TypeError, LookupError) as error:
+        except Exception as error:  # a template raises what its filters raise
             raise self._error(f"it fails: {error}") from error
         return texts[0], marks[0] if marks else []
 

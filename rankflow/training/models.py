@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rankflow.errors import RankFlowError, SpecError, brief
+from rankflow.errors import FileError, RankFlowError, SpecError, brief
+from rankflow.model_files import SAFE, check_model
 from rankflow.quiet import quiet_libraries
 from rankflow.specs.run import BUILT_IN_MODEL, ModelSpec
 from rankflow.training.locating import count_positions, has_words, locate, reads_both_ways
@@ -71,8 +71,9 @@ def load_base_model(
                 quantization_config=quantization,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **SAFE,
             )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes these libraries raise anything
         raise _refusal(spec, error) from error
     absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     check_vocabulary(model, tokenizer)
@@ -105,15 +106,16 @@ def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
     Raises:
         SpecError: There is no such model, or it cannot do the task.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"trust_remote_code": False}
     if spec.attention is not None:
         settings["attn_implementation"] = spec.attention
     if labels:
         settings["id2label"] = dict(enumerate(labels))
         settings["label2id"] = {label: index for index, label in enumerate(labels)}
+    path = _locate(spec)
     try:
-        config = AutoConfig.from_pretrained(locate(spec.name), revision=spec.revision, **settings)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, revision=spec.revision, **settings)
+    except Exception as error:  # a damaged file makes these libraries raise anything
         raise SpecError(
             f"[model] name = '{spec.name}': {brief(error)}; give '{BUILT_IN_MODEL}', a folder that "
             "`save_pretrained` wrote, or a hub id (which needs a connection or a filled cache)"
@@ -136,11 +138,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         SpecError: There is none.
         RankFlowError: It has no token to pad with.
     """
+    path = _locate(spec)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            locate(spec.name), revision=spec.revision
+            path, revision=spec.revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file makes these libraries raise anything
         raise SpecError(
             f"[model] name = '{spec.name}': no tokenizer ({brief(error)}); put the model's "
             "tokenizer files into its folder"
@@ -204,6 +207,16 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"the tokenizer's highest id is {highest}, but the model's embedding has {rows} rows: "
             "they do not belong together; put the model's own tokenizer files into its folder"
         )
+
+
+def _locate(spec: ModelSpec) -> str:
+    """Return the folder or hub id of the model, a folder only if its files are whole."""
+    path = locate(spec.name)
+    try:
+        check_model(path)
+    except FileError as error:
+        raise SpecError(f"[model] name = '{spec.name}': {error}") from error
+    return path
 
 
 def _refusal(spec: ModelSpec, error: Exception) -> SpecError:

@@ -249,7 +249,7 @@ REFUSED = {
     ),
     "other widths": (
         lambda w: w.adapter(w.wider(), peft.LoraConfig(target_modules=["query"])),
-        r"does not fit the base model.*size mismatch.*name the model that was fine-tuned",
+        r"does not fit the base model.*has the shape \(8, 32\), and \(8, 16\) fits.*fine-tuned",
     ),
     "a model of other widths": (
         lambda w: w.wider().save_pretrained(w.folder),
@@ -277,7 +277,7 @@ REFUSED = {
     ),
     "a divergence": (
         lambda w: w.diverged_adapter(),
-        r"cannot be merged at encoder.layer.0.attention.self.query: NaNs",
+        r"not finite in .*encoder.layer.0.attention.self.query.lora_B.weight.*diverged",
     ),
     "a model that diverged": (
         lambda w: w.diverged_model(),
@@ -285,11 +285,11 @@ REFUSED = {
     ),
     "a damaged file": (
         lambda w: w.damaged(),
-        "cannot be read",
+        "is damaged.*save or copy it again",
     ),
     "a damaged configuration": (
         lambda w: w.damaged("adapter_config.json"),
-        "cannot be read",
+        "is not valid JSON.*save or copy it again",
     ),
 }
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import rankflow as rf
 from rankflow.adapters.base_weight import base_rows
 from rankflow.adapters.sites import find_sites
-from rankflow.errors import BudgetError, ExportError, RankFlowError
+from rankflow.errors import BudgetError, ExportError, FileError, RankFlowError
 from rankflow.export.compress_folder import BaseReader, compress_folder
 from rankflow.export.inspect import inspect_adapter
 
@@ -182,7 +182,7 @@ def broken(folder, kind):
         ("trained biases", ExportError, "bias='lora_only'"),
         ("other ranks", ExportError, "PEFT could not load it either"),
         ("a bias", ExportError, "no more than a magnitude beside"),
-        ("not finite", ExportError, "not finite"),
+        ("not finite", FileError, "not finite in 'base_model.model.first.lora_B.weight'"),
     ],
 )
 def test_an_unfit_folder_is_refused_and_nothing_is_written(kind, error, match, saved, tmp_path):

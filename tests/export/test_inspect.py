@@ -109,7 +109,7 @@ def test_ranks_are_those_of_the_tensors_even_where_the_configuration_differs(tmp
     assert [site.parameters for site in summary.sites] == [5, 29, 5]
 
 
-A = {"base_model.model.q.lora_A.weight": (2, 7)}
+A = {"base_model.model.q.lora_A.weight": (2, 7), "base_model.model.q.lora_B.weight": (5, 2)}
 
 
 @pytest.mark.parametrize(

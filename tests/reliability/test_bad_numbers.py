@@ -296,7 +296,9 @@ def assert_same(one, other):
 def inject(case, folder):
     """Run a case, and check what must hold."""
     run = make_run(case, folder / "run", lambda model: Fault(case, model))
-    if case.persists or case.loop == "own loop":  # there the optimizer takes the bad step
+    # An optimizer that takes a bad step is lost; clipping makes zeros of a norm that overflows.
+    is_taken = case.loop == "own loop" and case.number != "1e30"
+    if case.persists or is_taken:
         with pytest.raises(DivergenceError) as caught:
             run.train()
         check_stop(case, run, str(caught.value))
@@ -344,12 +346,10 @@ def check_checkpoint(run):
     assert is_finite(run.model.parameters())
 
 
-@pytest.mark.parametrize("case", CASES[3::49], ids=str)
-def test_some_bad_numbers(case, tmp_path):
-    inject(case, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES[::3], ids=str)
-def test_many_bad_numbers(case, tmp_path):
+@pytest.mark.fault("NaN, infinity or 1e30 in a step, or in all from it on", quick=10, full=160)
+def test_a_bad_step_does_not_count_and_a_run_that_stays_bad_stops_with_the_cause(
+    injection, tmp_path
+):
+    case = CASES[(3 + 49 * injection) % len(CASES)]
+    print(case)
     inject(case, tmp_path)

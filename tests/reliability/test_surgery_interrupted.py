@@ -229,7 +229,7 @@ def assert_equal(found, expected, where=""):
 
 
 def interrupt(action, look, make, points):
-    """Interrupt an action at each of the points, and return how many it has.
+    """Interrupt an action at one point after the other, and return how often.
 
     Args:
         action: What is interrupted; it is done when this returns.
@@ -238,8 +238,9 @@ def interrupt(action, look, make, points):
         points: Distance of the points.
     """
     before = look()
-    at = 1
+    count = 0
     while True:
+        at = 1 + points * count
         interruption = make(at)
         try:
             with interruption:
@@ -251,8 +252,8 @@ def interrupt(action, look, make, points):
             assert_equal(look(), before, f"at point {at}")
             del error, cause
         else:
-            return at
-        at += points
+            return count
+        count += 1
 
 
 def check_event(kind, make, points):
@@ -262,12 +263,12 @@ def check_event(kind, make, points):
         event = twin.reallocate()
     assert event.pruned
     assert event.born
-    reached = interrupt(run.reallocate, lambda: of_run(run), make, points)
+    count = interrupt(run.reallocate, lambda: of_run(run), make, points)
     assert_equal(outcome(run), outcome(twin), "after the event")
     for each in (run, twin):
         each.go_on()
     assert_equal(outcome(run), outcome(twin), "in the steps after the event")
-    return reached
+    return count
 
 
 def check_construction(kind, make, points):
@@ -275,7 +276,7 @@ def check_construction(kind, make, points):
     with make(NEVER):
         RankFlow(twin, BUDGETS[kind], 16)
     kept = []
-    interrupt(
+    count = interrupt(
         lambda: kept.append(RankFlow(model, BUDGETS[kind], 16)),
         lambda: of_model(model),
         make,
@@ -283,6 +284,7 @@ def check_construction(kind, make, points):
     )
     assert are_equal(contents(model.state_dict()), contents(twin.state_dict()))
     assert kept[0].ranks
+    return count
 
 
 def check_restore(kind, make, points):
@@ -292,30 +294,21 @@ def check_restore(kind, make, points):
     state = ahead.flow.state_dict()
     run = Run(kind).until_due()
     run.reallocate()
-    interrupt(lambda: run.flow.load_state_dict(state), lambda: of_run(run), make, points)
+    count = interrupt(lambda: run.flow.load_state_dict(state), lambda: of_run(run), make, points)
     assert_equal(of_engine(run.flow), of_engine(ahead.flow), "after the restore")
+    return count
 
 
 CHECKS = {"event": check_event, "construction": check_construction, "restore": check_restore}
-WAYS = {"line": AtLine, "operation": AtOperation}
+WAYS = {"line": (AtLine, 101), "operation": (AtOperation, 11)}
 
 
-@pytest.fixture(params=CHECKS.values(), ids=CHECKS.keys())
-def check(request):
-    return request.param
-
-
-@pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
-def way(request):
-    return request.param
-
-
+@pytest.mark.fault("surgery interrupted at each line, or without memory at each operation")
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
 @pytest.mark.parametrize("kind", BUDGETS)
-def test_interrupted_here_and_there_nothing_has_changed(check, kind, way):
-    check(kind, way, 101 if way is AtLine else 11)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", BUDGETS)
-def test_interrupted_at_each_step_nothing_has_changed(check, kind, way):
-    check(kind, way, 1)
+@pytest.mark.parametrize(("make", "points"), WAYS.values(), ids=WAYS.keys())
+def test_whatever_interrupts_it_nothing_has_changed_and_then_it_succeeds(
+    check, kind, make, points, count_injections, request
+):
+    is_full = request.config.getoption("full", False)
+    count_injections(check(kind, make, 1 if is_full else points))

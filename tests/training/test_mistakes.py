@@ -148,10 +148,14 @@ def test_a_task_that_model_or_rows_do_not_fit(overrides, told, desk):
     ("pattern", "content", "told"),
     [
         ("config.json", None, "give 'minilm', a folder that `save_pretrained` wrote"),
-        ("config.json", b"{nope", "is not a valid JSON file; give 'minilm'"),
+        ("config.json", b"{nope", "is not valid JSON"),
         ("config.json", b'{"model_type": "zorg"}', "does not recognize this architecture"),
         ("model.safetensors", None, "no file named model.safetensors"),
-        ("model.safetensors", b"\x08\x00\x00\x00", "give a whole model that transformers knows"),
+        (
+            "model.safetensors",
+            b"\x08\x00\x00\x00",
+            "is damaged: it has 4 bytes; save or copy it again",
+        ),
         ("tokenizer*", None, "no word, only special tokens; put the model's tokenizer files"),
         ("tokenizer.json", b"{nope", "put the model's tokenizer files into its folder"),
     ],

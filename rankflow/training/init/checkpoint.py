@@ -1,6 +1,5 @@
 """Look at a model without loading it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -15,7 +14,9 @@ from transformers.models.auto.modeling_auto import (
 
 from rankflow.errors import SpecError, brief
 from rankflow.export.report import measure_files
+from rankflow.model_files import check_model
 from rankflow.specs.run import BUILT_IN_MODEL, Pooling
+from rankflow.strict_json import read_json
 from rankflow.training.locating import count_positions, has_words, locate, reads_both_ways
 
 Family = Literal["encoder", "decoder", "encoder-decoder"]
@@ -55,10 +56,11 @@ def read_checkpoint(name: str, template: Path | None) -> Checkpoint:
         SpecError: There is no such model or template, or its architecture is not known here.
     """
     path = locate(name)
+    check_model(path)
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a damaged file makes these libraries raise anything
         raise SpecError(
             f"--model {name}: {brief(error)}; give '{BUILT_IN_MODEL}', a folder with a model and "
             "its tokenizer, or a hub id (which needs a connection or a filled cache)"
@@ -101,8 +103,8 @@ def _pooling(path: str, config: PretrainedConfig) -> Pooling:
     """A checkpoint keeps the head it has; a bare encoder gets one on pooled tokens."""
     file = Path(path) / "1_Pooling" / "config.json"  # of sentence-transformers
     if file.is_file():
-        modes = json.loads(file.read_text(encoding="utf-8"))
-        return "cls" if modes.get("pooling_mode_cls_token") else "mean"
+        modes = read_json(file)
+        return "cls" if isinstance(modes, dict) and modes.get("pooling_mode_cls_token") else "mean"
     pools_tokens = config.model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
     return "mean" if pools_tokens and not _architecture(config).endswith(_HEADED) else "model"
 

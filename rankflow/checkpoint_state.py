@@ -1,0 +1,72 @@
+"""The plain values of an engine's state: what each must be, and how many there must be."""
+
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+)
+
+from rankflow.errors import excerpt
+from rankflow.records import RankEvent
+
+Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+
+
+class _Values(BaseModel):
+    """The state without its tensors; keys that are new since are let through."""
+
+    model_config = ConfigDict(extra="allow")
+
+    budget: dict[str, Any]
+    total_steps: Count
+    ranks: dict[str, Count]
+    steps: Count
+    observed: Count
+    limit: Count
+    magnitudes: list[StrictBool]
+    young: list[list[Count]]
+    ages: list[Count]
+    demand: list[FiniteFloat]
+    magnitude_ages: list[Count]
+    promise: list[FiniteFloat]
+    history: list[RankEvent]
+
+
+def check_state(state: dict[str, Any]) -> None:
+    """Check the values of ``RankFlow.state_dict()``: their types, and that they fit each other.
+
+    Args:
+        state: The state without its tensors.
+
+    Raises:
+        ValueError: A value is missing, of another type, not finite, or there are too many or too
+            few of it for the ranks.
+    """
+    try:
+        values = _Values.model_validate(state)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise ValueError(f"{place} is {excerpt(fault['input'])}: {fault['msg']}") from error
+    sites, components = len(values.ranks), sum(values.ranks.values())
+    counts = {
+        "magnitudes": (len(values.magnitudes), sites),
+        "young": (len(values.young), sites),
+        "ages": (len(values.ages), components),
+        "demand": (len(values.demand), sites),
+        "magnitude_ages": (len(values.magnitude_ages), sites),
+        "promise": (len(values.promise), sites),
+    }
+    for key, (found, expected) in counts.items():
+        if found != expected:
+            raise ValueError(f"{key} has {found} values and the ranks ask for {expected}")
+    if [len(steps) for steps in values.young] != list(values.ranks.values()):
+        raise ValueError("young does not count the components of each site")
+    if values.steps > values.total_steps:
+        raise ValueError(f"it is at step {values.steps} of {values.total_steps}")
