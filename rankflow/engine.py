@@ -21,14 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankflow import dem, surgery
+from rankflow import dem, processes, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gating import check_untrained, convert, start_gates
@@ -50,12 +49,21 @@ from rankflow.errors import (
 from rankflow.eventing import describe
 from rankflow.export.card import AdapterFacts
 from rankflow.fairstart import FairStart
+from rankflow.fingerprint import fingerprints
 from rankflow.growing import Growth
 from rankflow.importance.bad_steps import MAX_BAD_STEPS, BadSteps
 from rankflow.importance.finite import check_weights
 from rankflow.importance.gradients import StepGradients
 from rankflow.importance.norms import Norm
-from rankflow.records import BoolArray, ComponentTable, IntArray, RankEvent
+from rankflow.records import (
+    BoolArray,
+    ComponentTable,
+    FloatArray,
+    IntArray,
+    RankEvent,
+    RankPlan,
+)
+from rankflow.reducer import Reducer, refuse_other_engines
 from rankflow.specs.budget import BudgetSpec
 from rankflow.tracking import Tracker
 
@@ -119,6 +127,7 @@ class RankFlow:
         self.history: list[RankEvent] = []
         self.sinks = list(sinks)
         self._optimizer: Optimizer | None = None
+        refuse_other_engines(model)
         self._sites = find_sites(model, adapter_name)
         check_trainable(model, adapter_name, self._sites)
         warn_of_stacked_weights(model)
@@ -158,6 +167,7 @@ class RankFlow:
         self._bad_steps = BadSteps(self._sites, max_bad_steps)
         self._fair_start = FairStart(self._sites)
         self._growth = Growth(budget, self._sites, self.resolved)
+        self._reducer = Reducer(model)
         if resume is None:
             self._resize_in_place(self.resolved.start_ranks, self.resolved.start_magnitudes)
             if is_new:
@@ -374,9 +384,14 @@ class RankFlow:
         self._fair_start.close()
         self._growth.sketch.close()
         self._bad_steps.close()
+        self._reducer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, as plain values and tensors."""
+        """Return everything that a resumed run needs, as plain values and tensors.
+
+        In a job of several processes all of them have to call it; one of them may save it.
+        """
+        self._growth.sketch.average("saving the state of RankFlow")
         return {
             "budget": self.budget.model_dump(),
             "total_steps": self.total_steps,
@@ -453,6 +468,7 @@ class RankFlow:
         self._tracker = Tracker(self.budget, self._sites, self.resolved.sites)
         self._fair_start.restart()
         self._gradients.watch(self._sites)
+        self._reducer.invalidate()
         self._optimizer = None
 
     def _draw_components(self) -> None:
@@ -463,29 +479,60 @@ class RankFlow:
             start_vectors(self._sites)
 
     def _reallocate(self, step: int) -> RankEvent:
-        with self._undone_on_error(f"the reallocation after step {self._steps}"):
-            return self._carry_out(step)
-
-    def _carry_out(self, step: int) -> RankEvent:
+        """Carry out one event: in a job of several processes the first one decides for all."""
+        what = f"the reallocation after step {self._steps}"
         began = time.perf_counter()
+        with self._undone_on_error(what):
+            processes.wait_for_all(what)
+            self._growth.sketch.average(what)
+            values = processes.from_first(processes.in_all(self._measure, what), what)
+            table = self._tracker.survey(values)
+            plan = processes.from_first(self.resolved.scheduler.plan(table, step), what)
+            processes.in_all(lambda: self._carry_out(table, plan), what)
+            self._share_newborns(plan, what)
+            self._check_agreement(what)
+            self._limit = self.resolved.scheduler.budget_at(step)
+            seconds = time.perf_counter() - began
+            event = describe(table, plan, len(self.history), self._steps, self._limit, seconds)
+            assert event.spent == self.spent <= self._limit, "surgery and plan disagree on the cost"
+            self.history.append(event)
+        return event
+
+    def _measure(self) -> FloatArray:
         check_trainable(self.model, self.adapter_name, self._sites)  # another may be active now
         self.check_finite()
-        scheduler, index = self.resolved.scheduler, len(self.history)
-        table = self._tracker.survey(self._growth.energy())
-        plan = scheduler.plan(table, step)
-        newborns = self._growth.newborns(index + 1)
+        return self._tracker.measure(self._growth.energy())
+
+    def _carry_out(self, table: ComponentTable, plan: RankPlan) -> None:
+        newborns = self._growth.newborns(len(self.history) + 1)
         surgery.resize(self._sites, plan, self._optimizer, newborns, self.budget.renormalise)
         self._growth.sketch.close()
         self._tracker.follow(table, plan)
         self._fair_start.follow(plan)
         self._gradients.watch(self._sites)
+        self._reducer.invalidate()
         sync_config(self.model, self.adapter_name, self._sites)
-        self._limit = scheduler.budget_at(step)
-        seconds = time.perf_counter() - began
-        event = describe(table, plan, index, self._steps, self._limit, seconds)
-        assert event.spent == self.spent <= self._limit, "surgery and plan disagree on the cost"
-        self.history.append(event)
-        return event
+
+    def _share_newborns(self, plan: RankPlan, what: str) -> None:
+        """Give all processes the newborns of the first: devices may differ in their last bits."""
+        if not processes.are_several():
+            return
+        drawn = [
+            factor.detach().narrow(axis, len(keep), int(births))
+            for site, keep, births in zip(self._sites, plan.keep, plan.births, strict=True)
+            for factor, axis in site.factors
+            if births > 0
+        ]
+        copies = [rows.contiguous() for rows in drawn]
+        processes.tensors_from_first(copies, what)
+        for rows, copy in zip(drawn, copies, strict=True):
+            rows.copy_(copy)
+
+    def _check_agreement(self, what: str) -> None:
+        """Check that adapters and optimizer state are the same in all processes of the job."""
+        if processes.are_several():
+            prints = fingerprints(self._sites, self._optimizer)
+            processes.check_equal(prints, [site.name for site in self._sites], what)
 
     def _publish(self, event: RankEvent | None) -> None:
         if event is not None:
@@ -546,11 +593,6 @@ def _check_arguments(budget: BudgetSpec, total_steps: int) -> None:
             f"total_steps must be a positive whole number of optimizer steps, received "
             f"{total_steps!r}"
         )
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RankFlowError(
-            f"this version steers one process, and the job has {dist.get_world_size()}; "
-            "run it on one device"
-        )
 
 
 def _check_limit(max_bad_steps: int) -> None:
@@ -569,9 +611,7 @@ def _trained_beside(model: PeftModel, sites: Sequence[Site]) -> list[nn.Paramete
 
 def _is_finite(loss: Tensor | None, like: Tensor) -> Tensor:
     """Whether a loss is, a boolean of shape ``()``; True where nothing is to be said of it."""
-    if loss is None or (
-        dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    ):
+    if loss is None or processes.are_several():
         return torch.ones_like(like)
     return torch.isfinite(loss.detach()).all().to(like.device, non_blocking=True)
 

@@ -50,20 +50,30 @@ class Tracker:
         for scorer in self.scorers.values():
             scorer.observe(unclip, accept)
 
-    def survey(self, energy: Tensor) -> ComponentTable:
-        """Bring what is known to the host: the one copy of an event.
+    def measure(self, energy: Tensor) -> FloatArray:
+        """Bring what the device knows to the host: the one copy of an event.
 
         Args:
             energy: Largest singular value of the gradient of each site's weight outside of what its
                 components span, shape ``(S,)``; 0 where it was not measured.
 
+        Returns:
+            What ``survey`` takes.
+        """
+        change = change_of_magnitudes(self._sites)
+        read = [energy, change, *(scorer.read() for scorer in self.scorers.values())]
+        return torch.cat(read).to("cpu", torch.float64).numpy()
+
+    def survey(self, values: FloatArray) -> ComponentTable:
+        """Return what is known of every component and magnitude.
+
+        Args:
+            values: What ``measure`` returned.
+
         Raises:
             DivergenceError: A score is not finite; nothing is remembered of this survey.
         """
         ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
-        change = change_of_magnitudes(self._sites)
-        read = [energy, change, *(scorer.read() for scorer in self.scorers.values())]
-        values = torch.cat(read).to("cpu", torch.float64).numpy()
         ends = np.cumsum([len(ranks), len(ranks), ranks.sum()])
         energies, changes, scores, magnitude_scores = np.split(values, ends)
         self._check_finite(ranks, scores, magnitude_scores)

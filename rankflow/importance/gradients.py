@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
+from rankflow import processes
 from rankflow.adapters.sites import Site
 from rankflow.errors import RankFlowError
 from rankflow.importance.finite import Owned, are_sound, norms_of_all
@@ -38,7 +41,8 @@ class StepGradients:
     The factor is read off a few tensors: a hook notes their norm each time that backward has
     accumulated into them, and ``unclip`` compares it with the norm that is left,
     :math:`\lVert g_\text{backward} \rVert / \lVert g_\text{now} \rVert`. This holds for
-    any loop, for gradient accumulation, and without waiting for the device.
+    any loop, for gradient accumulation, and without waiting for the device. In a job of several
+    processes the gradients are averaged at the end of backward, and noted after that.
 
     Args:
         sites: The sites whose gradients are watched.
@@ -136,9 +140,17 @@ class StepGradients:
             probe.register_post_accumulate_grad_hook(self._note) for probe in self._probes
         ]
 
-    def _note(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._accumulated[parameter] = _norm(parameter.grad)  # type: ignore[index]
+    def _note(self, parameter: nn.Parameter) -> None:
+        if not processes.are_several():
+            self._accumulated[parameter] = _norm(parameter.grad)
+            return
+        # The reducer has queued what averages the gradients, or will: what is queued when the queue
+        # is worked off comes behind that.
+        queue = Variable._execution_engine.queue_callback
+        queue(lambda: queue(partial(self._note_averaged, parameter)))
+
+    def _note_averaged(self, parameter: nn.Parameter) -> None:
+        self._accumulated[parameter] = _norm(parameter.grad)
 
 
 def _trained(site: Site) -> tuple[nn.Parameter, ...]:
@@ -146,7 +158,8 @@ def _trained(site: Site) -> tuple[nn.Parameter, ...]:
     return factors if site.magnitude is None else (*factors, site.magnitude)
 
 
-def _norm(gradient: Tensor) -> Tensor:
+def _norm(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None  # the hooks run once it is there
     return torch.linalg.vector_norm(gradient.detach().float())
 
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from rankflow import processes
 from rankflow.adapters.base_weight import magnitude_factor
 from rankflow.adapters.dora import norms_of
 from rankflow.adapters.savepoint import undone
@@ -200,6 +201,15 @@ class GradientSketch:
                 core = _outside(core, _live_rows(self._sites[index]))
             largest.append(torch.linalg.matrix_norm(core, ord=2).to(home))
         return torch.stack(largest) / self._count.clamp_min(1)
+
+    def average(self, what: str) -> None:
+        """Bring together what the processes of the job have seen, before it is read or saved.
+
+        Args:
+            what: What is being done, as the subject of a sentence.
+        """
+        if self.is_open:
+            processes.average([*(sums.total for sums in self._sums), self._count], what)
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that a run resumed within the window needs; nothing while closed."""

@@ -38,7 +38,10 @@ class DurableTrainer(Trainer, ABC):
 
     @abstractmethod
     def save_engine(self, folder: Path) -> None:
-        """Write the state of the engine that steers the ranks, if there is one."""
+        """Write the state of the engine that steers the ranks, if there is one.
+
+        All processes of a job call it, and those whose ``args.should_save`` is set write.
+        """
 
     @abstractmethod
     def load_engine(self, folder: Path, *, resumes: bool) -> None:
@@ -121,7 +124,7 @@ class DurableTrainer(Trainer, ABC):
                 self._save_rng_state(str(temporary))
             if makes:
                 self._save_progress(temporary)
-                self.save_engine(temporary)
+            self.save_engine(temporary)
             wait()  # until all have written their parts
         wait()  # until it has its name
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -39,6 +39,13 @@ logger = logging.getLogger(__name__)
 
 Sink = Callable[[RankEvent], None]
 
+_REFUSED: Final = (
+    "DataParallel",
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+    DistributedType.MEGATRON_LM,
+    DistributedType.XLA,
+)
 _RESUME: Final = (
     "resume with RankFlowTrainer, or with "
     "trainer.train(resume_from_checkpoint=callback.resume(trainer))"
@@ -180,6 +187,7 @@ class RankFlowCallback(TrainerCallback):
         """Attach the engine, resize to the start budget or to the resumed ranks, open the sinks."""
         if self._guard is not None:
             self._guard.remove()
+        _check_engine(args)
         flow = self.flow
         is_new = flow is None or flow.steps != state.global_step
         if not self._keeps_checkpoints:
@@ -253,12 +261,13 @@ class RankFlowCallback(TrainerCallback):
             return
         with self._closed_on_divergence():
             self._running().check_finite()
+        state_dict = self._running().state_dict()
         PartialState().wait_for_everyone()  # until all have written their parts
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / checkpoint_name(state.global_step)
         try:
-            save_state(self._running().state_dict(), folder)
+            save_state(state_dict, folder)
             seal(folder)
         except Exception as error:
             if not is_failed_write(error):
@@ -370,7 +379,9 @@ class RankFlowTrainer(DurableTrainer):
         flow = self.rankflow.flow
         assert flow is not None  # checkpoints are written while it trains
         flow.check_finite()
-        save_state(flow.state_dict(), folder)
+        state = flow.state_dict()
+        if self.args.should_save:
+            save_state(state, folder)
 
     def load_engine(self, folder: Path, *, resumes: bool) -> None:
         """Bring the model to the ranks of a checkpoint, before its weights are loaded."""
@@ -406,6 +417,17 @@ def _check_plain(args: TrainingArguments, state: TrainerState, is_new: bool) -> 
         raise RankFlowError(
             "load_best_model_at_end=True needs a Trainer that brings the model to the ranks of "
             "the best checkpoint; use RankFlowTrainer, or set it to False"
+        )
+
+
+def _check_engine(args: TrainingArguments) -> None:
+    """Refuse the engines under which ranks cannot change, or would change without effect."""
+    engine = args.distributed_state.distributed_type if args.n_gpu <= 1 else "DataParallel"
+    if engine in _REFUSED:
+        raise RankFlowError(
+            f"this Trainer trains under {getattr(engine, 'value', engine)}, where RankFlow cannot "
+            "change ranks; use DistributedDataParallel: torchrun with one process for each device, "
+            "and neither fsdp nor deepspeed"
         )
 
 
