@@ -225,13 +225,18 @@ class RankFlow:
         Raises:
             DivergenceError: ``max_bad_steps`` steps in a row were bad; the message names the first
                 of them, and the site where numbers ceased to be finite.
-            RankFlowError: No adapter parameter has a gradient.
+            RankFlowError: No adapter parameter has a gradient, or processes of the job have
+                different ones.
         """
+        self._reducer.check(self._sites, self._steps + 1)
         reading = self._gradients.read(loss_scale)
+        # Gradients that are averaged by hand after backward were seen before that.
+        is_known = self._reducer.is_found or not processes.are_several()
+        unclip = reading.unclip if is_known else torch.ones_like(reading.unclip)
         is_finite = _is_finite(loss, like=reading.accept)
         self._accept = reading.accept & is_finite
         if not self.resolved.is_static:
-            self._tracker.observe(reading.unclip, self._accept)
+            self._tracker.observe(unclip, self._accept)
             self._growth.sketch.observe(self._accept, loss_scale)
         self._observed += 1
         step = self._steps + 1
@@ -530,9 +535,18 @@ class RankFlow:
 
     def _check_agreement(self, what: str) -> None:
         """Check that adapters and optimizer state are the same in all processes of the job."""
-        if processes.are_several():
-            prints = fingerprints(self._sites, self._optimizer)
-            processes.check_equal(prints, [site.name for site in self._sites], what)
+        if not processes.are_several():
+            return
+        prints = fingerprints(self._sites, self._optimizer)
+        difference = processes.first_difference(prints, what)
+        if difference is not None:
+            index, others = difference
+            raise RankFlowError(
+                f"{what} left different adapters: at site {self._sites[index].name!r} the ranks, "
+                f"parameters or optimizer state of process {others} are not those of process 0; "
+                "give all processes the same seed, model, budget, optimizer and versions, and "
+                "resume from the last checkpoint"
+            )
 
     def _publish(self, event: RankEvent | None) -> None:
         if event is not None:
