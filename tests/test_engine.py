@@ -1360,7 +1360,6 @@ def test_every_sink_survives_events_of_magnitudes(mixed, tmp_path):
     log, board, lines = EventLog(tmp_path / "events.jsonl"), TensorBoardSink(tmp_path), []
     flow.sinks += [log, board, lambda event: lines.append(describe_event(event))]
     train_mixed(model, flow, optimizer)
-    log.close()
     board.close()
     assert read_events(tmp_path / "events.jsonl") == flow.history
     on = sum(flow.history[-1].magnitudes.values())

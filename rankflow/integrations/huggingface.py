@@ -296,7 +296,7 @@ class RankFlowCallback(TrainerCallback):
     def _close(self, flow: RankFlow) -> None:
         if self._sinks is None:
             for sink in flow.sinks:
-                if isinstance(sink, EventLog | TensorBoardSink):
+                if isinstance(sink, TensorBoardSink):
                     sink.close()
         flow.close()
         self._claim.close()
