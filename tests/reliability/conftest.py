@@ -97,6 +97,12 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture
+def is_full(request):
+    """Whether to inject as often as RESULTS.md says."""
+    return request.config.getoption("full", False)
+
+
+@pytest.fixture
 def count_injections(request):
     """Say how many injections a test made by itself."""
     return lambda count: request.node.user_properties.append(("injections", count))
