@@ -59,7 +59,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with claim(path):
-        sweep(path.parent, glob.escape(path.name))
+        _sweep_folders(path.parent, glob.escape(path.name))
         temporary = temporary_folder(path)
         temporary.mkdir()
         try:
@@ -126,12 +126,18 @@ def claim(path: Path) -> Iterator[None]:
 
 
 def sweep(parent: Path, names: str) -> None:
-    """Remove what crashed writings of folders left behind; nobody else may be writing them now.
+    """Remove what crashed writings of folders left behind; nobody may be writing them now.
 
     Args:
         parent: Where the folders are.
         names: What they were to be called, as a pattern of ``Path.glob``.
     """
+    _sweep_folders(parent, names)
+    for lock in parent.glob(f".{names}.lock"):
+        lock.unlink(missing_ok=True)
+
+
+def _sweep_folders(parent: Path, names: str) -> None:
     for leftover in parent.glob(f".{names}{_MARK}*"):
         path = parent / leftover.name[1:].partition(_MARK)[0]
         if leftover.name.endswith(_MARK_OLD) and not path.exists():
@@ -156,13 +162,14 @@ def seal(folder: Path) -> None:
     _flush(folder)
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, only: str | None = None) -> str | None:
     """Return what is wrong with a folder that was sealed, or None if it is as it was written.
 
     Files that came later are not looked at.
 
     Args:
         folder: The folder.
+        only: The one file to look at; None for all.
     """
     sums = folder / SUMS_FILE
     try:
@@ -177,6 +184,8 @@ def find_damage(folder: Path) -> str | None:
         is_inside = file.resolve().is_relative_to(folder.resolve())
         if len(expected) != 64 or not separator or not is_inside:
             return f"its {SUMS_FILE} is damaged: {line[:80]!r}"
+        if only not in (None, name):
+            continue
         try:
             found = _sum(file)
         except OSError as error:

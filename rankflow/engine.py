@@ -163,6 +163,7 @@ class RankFlow:
         self._steps = 0
         self._observed = 0
         self._limit = self.resolved.start
+        self._accept = torch.ones((), dtype=torch.bool, device=self._sites[0].A.device)
         self._gradients = StepGradients(self._sites, _trained_beside(model, self._sites))
         self._bad_steps = BadSteps(self._sites, max_bad_steps)
         self._fair_start = FairStart(self._sites)

@@ -174,6 +174,7 @@ def test_the_next_writing_brings_back_what_a_crash_between_two_renames_hid(tmp_p
 def test_sweeping_leaves_what_is_called_otherwise(tmp_path):
     for name in (".step-1.tmp.new", ".step-22.tmp.new", ".stop-1.tmp.new", "step-3", ".step-1"):
         (tmp_path / name).mkdir()
+    (tmp_path / ".step-3.lock").touch()
     sweep(tmp_path, "step-*")
     assert names(tmp_path) == [".step-1", ".stop-1.tmp.new", "step-3"]
 
@@ -248,6 +249,13 @@ def test_a_folder_as_it_was_written_has_no_damage_and_may_get_more_files(sealed)
     assert find_damage(sealed) is None
     (sealed / "note").write_text("mine")
     assert find_damage(sealed) is None
+
+
+def test_of_one_file_alone_only_its_own_damage_counts(sealed):
+    (sealed / "part/file.txt").write_text("other")
+    assert find_damage(sealed, only="weights") is None
+    (sealed / "weights").write_bytes(b"")
+    assert find_damage(sealed, only="weights") == "weights is not what was written (0 bytes)"
 
 
 @pytest.mark.parametrize("length", [0, 1, 2047])

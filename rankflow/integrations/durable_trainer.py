@@ -77,6 +77,8 @@ class DurableTrainer(Trainer, ABC):
                 resume_from_checkpoint = str(newest_checkpoint(folder))
             elif resume_from_checkpoint:
                 check_resumable(resume_from_checkpoint)
+            if resume_from_checkpoint:
+                _compare_processes(Path(resume_from_checkpoint), self.args.world_size)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -181,6 +183,19 @@ def newest_checkpoint(folder: Path) -> Path:
             "save_strategy must not be 'no'"
         )
     return found.path
+
+
+def _compare_processes(checkpoint: Path, count: int) -> None:
+    """Warn if a job of another number of processes wrote a checkpoint."""
+    before = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+    if before != count:
+        logger.warning(
+            "%s was written by a job of %d processes and this one has %d: it goes on, but other "
+            "random numbers and other batches make it another run",
+            checkpoint,
+            before,
+            count,
+        )
 
 
 def tell_failure(folder: Path, error: Exception) -> CheckpointError:

@@ -2,6 +2,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rankflow.checkpoint import find_checkpoint
-from rankflow.durable import claim, find_damage
+from rankflow.durable import claim, find_damage, seal
 from rankflow.errors import CheckpointError, RankFlowError
 from rankflow.integrations.huggingface import RankFlowCallback, RankFlowTrainer
 from rankflow.specs.budget import BudgetSpec
@@ -196,6 +197,16 @@ def test_the_newest_checkpoint_that_verifies_is_resumed_and_what_is_skipped_is_t
 def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint that a run can go on from; begin"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_resumed_with_a_warning(tmp_path, caplog):
+    train_until_killed(make_trainer(tmp_path, [kill_at("step", 5)]))
+    checkpoint = tmp_path / "checkpoint-4"
+    for number in (0, 1):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{number}.pth")
+    seal(checkpoint)
+    make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert "was written by a job of 2 processes and this one has 1" in caplog.text
 
 
 def test_a_checkpoint_of_the_model_alone_is_not_resumed(tmp_path):
