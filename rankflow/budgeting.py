@@ -134,8 +134,9 @@ def _check_range(given: str, name: str, sites: Sequence[SiteInfo], limit: int) -
     if not lowest <= limit <= highest:
         raise BudgetError(
             f"{given}: the {name} budget of {limit:,} parameters is out of reach: the "
-            f"{len(sites)} sites need at least {lowest:,} (their minimum ranks and magnitudes) and hold at most "
-            f"{highest:,} (their maximum ranks); choose a budget in between, or other bounds"
+            f"{len(sites)} sites need at least {lowest:,} (their minimum ranks and magnitudes) "
+            f"and hold at most {highest:,} (their maximum ranks); choose a budget in between, or "
+            "other bounds"
         )
 
 

@@ -1,6 +1,7 @@
 """Put the stock PEFT adapter of a run on its base model."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,10 @@ def add_adapter(base: BaseModel, spec: ModelSpec | None, adapter: Mapping[str, A
     }
     name = f"'{spec.name}'" if spec is not None else type(base.model).__name__
     try:
-        model = get_peft_model(base.model, config)
+        with warnings.catch_warnings():
+            # An error says so below.
+            warnings.filterwarnings("ignore", message="The following .* keys did not match any")
+            model = get_peft_model(base.model, config)
     except (TypeError, ValueError, IndexError, ImportError, re.error) as error:
         raise SpecError(
             f"[adapter]: PEFT refuses it: {brief(error)}; target_modules = "
