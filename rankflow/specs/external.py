@@ -23,6 +23,7 @@ _ADAPTER_OWNED: Final = {
     "auto_mapping": "follows from the model; remove it",
     "inference_mode": "is for adapters that are trained no more; remove it",
     "task_type": "follows from model.task; remove it",
+    "target_parameters": "names tensors, and RankFlow steers modules; use target_modules",
     "peft_type": "is always LORA; remove it (use_dora = true makes it DoRA)",
 }
 _TRAIN_OWNED: Final = {

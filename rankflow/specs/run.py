@@ -365,6 +365,14 @@ def check_columns(tables: Mapping[str, Table]) -> Iterator[Fault]:
                     {"data.name": BUILT_IN_DATA, f"data.{key}": data[key]},
                     f"it has no {what}; remove {key}, or name files",
                 )
+    smoothing = tables.get("train", {}).get("label_smoothing_factor", 0)
+    pooling = tables["model"].get("pooling", "model")
+    if smoothing and pooling != "model":
+        yield Fault(
+            {"train.label_smoothing_factor": smoothing, "model.pooling": pooling},
+            "a classifier that pools has a loss without smoothing; set pooling = 'model', or "
+            "remove label_smoothing_factor",
+        )
     template = tables["model"].get("chat_template")
     if template is not None and "messages" not in data:
         yield Fault(

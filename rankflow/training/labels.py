@@ -27,7 +27,7 @@ def encode_labels(
 
     Raises:
         RankFlowError: The labels are not classes, one is missing or does not occur in training,
-            or there is one class only.
+            there is one class only, or as many as labels, or two are hardly told apart.
     """
     values = {name: list(split.rows["label"]) for name, split in splits.items()}
     for name, split in splits.items():
@@ -40,6 +40,7 @@ def encode_labels(
             f"{train.origin}: column '{column}' holds one class only ({', '.join(classes)}); "
             "a classifier needs two"
         )
+    _check_classes(classes, sum(1 for _ in _flatten(values["train"])), train, column)
     index = {label: position for position, label in enumerate(classes)}
     encoded = {}
     for name, split in splits.items():
@@ -72,6 +73,22 @@ def _check_none_is_absent(split: Split, values: Sequence[Any], column: str) -> N
             raise RankFlowError(
                 f"{split.origin}: row {row} has no label in column '{column}'; remove such rows, "
                 "or name a labelled file instead"
+            )
+
+
+def _check_classes(classes: Sequence[str], labels: int, train: Split, column: str) -> None:
+    """Refuse classes of which nothing can be learned, or that are one by mistake."""
+    if len(classes) == labels > 2:
+        raise RankFlowError(
+            f"{train.origin}: no two labels in column '{column}' are the same; is it the column of "
+            "the classes? Name another under [data] label"
+        )
+    stripped = [label.strip() for label in classes]
+    for label, bare in zip(classes, stripped, strict=True):
+        if stripped.count(bare) > 1:
+            raise RankFlowError(
+                f"{train.origin}: column '{column}' holds the class {label!r} and another that "
+                "differs in spaces only; write them alike"
             )
 
 

@@ -118,6 +118,8 @@ MISTAKES = [
     Bad(all_with(label=["yes"]), NOT_CLASS),
     Bad(fourth("label", 3), ("holds values of several types", "all of one type")),
     Bad({"bad.csv": "text,label\n1,yes\n2,no\n"}, NOT_TEXT),
+    Bad(lines({"text": "a", "label": n} for n in range(9)), ("no two labels in", "Name another")),
+    Bad(fourth("label", " no"), ("the class ' no' and another that", "write them alike")),
     # what is missing
     Bad(fourth("text", None), NO_TEXT),
     Bad(fourth("label", None), NO_LABEL),

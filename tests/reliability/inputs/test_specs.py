@@ -79,6 +79,7 @@ MISTAKES = [
     ("adapter.init_lora_weights=pissa", "init_lora_weights='pissa'", "use True or 'gaussian'"),
     ("adapter.inference_mode=true", "adapter.inference_mode", "remove it"),
     ("adapter.auto_mapping={}", "adapter.auto_mapping", "follows from the model; remove it"),
+    ("adapter.target_parameters=['a']", "adapter.target_parameters", "use target_modules"),
     ("adapter.peft_type=IA3", "adapter.peft_type", "is always LORA; remove it"),
     ("adapter.task_type=SEQ_CLS", "adapter.task_type", "follows from model.task; remove it"),
     # the training
@@ -107,6 +108,7 @@ MISTAKES = [
     ("train.eval_strategy=step", "train.eval_strategy", "did you mean 'steps'?"),
     ("train.load_best_model_at_end=true", "load_best_model_at_end", "set eval_strategy"),
     ("train.metric_for_best_model=acuracy", "metric_for_best_model", "did you mean 'accuracy'?"),
+    ("train.label_smoothing_factor=0.1", "train.label_smoothing_factor", "set pooling = 'model'"),
     ("train.label_smoothing_factor=2", "train.label_smoothing_factor", "must be less than 1"),
     ("train.log_level=loud", "train.log_level", "must be 'debug', 'info'"),
     ("train.report_to=wandbb", "wandbb is not supported", "change or remove the key"),
