@@ -18,7 +18,7 @@ from rankflow.tensor_files import TensorFile, check_finite, read_header
 
 CHECKPOINT: Final = "checkpoint-"  # as transformers begins the names of its folders
 STATE_FILE = "rankflow_state.safetensors"
-SCHEMA = 2
+SCHEMA = 3
 
 _MOST_VALUES = 10_000_000  # hundreds of events on hundreds of sites
 _TENSORS = ("scorer", "sketch", "gated")

@@ -4,30 +4,35 @@ One event is a straight line, and no call returns upward::
 
     tracker.survey()    what is every component worth?               -> ComponentTable
     scheduler.plan()    which stay, and where are new ones born?     -> RankPlan
-    surgery.resize()    parameters and optimizer state, all or nothing
+    surgery.resize()    parameters and optimizer state
     tracker.follow()    scores follow the components
     sinks               whoever wants to know                        <- RankEvent
+
+All but the sinks is one transaction: whatever interrupts it, lack of memory or a keyboard, leaves
+model, optimizer and engine as they were. What a sink raises reaches the caller, and the event
+stands.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from pydantic import TypeAdapter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankflow import dem, surgery
+from rankflow import dem, processes, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gating import check_untrained, convert, start_gates
-from rankflow.adapters.sites import find_sites, magnitudes_on
+from rankflow.adapters.savepoint import renew, undone_on_error
+from rankflow.adapters.sites import Site, find_sites, magnitudes_on
 from rankflow.adapters.stacked import warn_of_stacked_weights
 from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import check_trainable, sync_config
@@ -44,10 +49,21 @@ from rankflow.errors import (
 from rankflow.eventing import describe
 from rankflow.export.card import AdapterFacts
 from rankflow.fairstart import FairStart
+from rankflow.fingerprint import fingerprints
 from rankflow.growing import Growth
+from rankflow.importance.bad_steps import MAX_BAD_STEPS, BadSteps
+from rankflow.importance.finite import check_weights
 from rankflow.importance.gradients import StepGradients
 from rankflow.importance.norms import Norm
-from rankflow.records import BoolArray, ComponentTable, IntArray, RankEvent
+from rankflow.records import (
+    BoolArray,
+    ComponentTable,
+    FloatArray,
+    IntArray,
+    RankEvent,
+    RankPlan,
+)
+from rankflow.reducer import Reducer, refuse_other_engines
 from rankflow.specs.budget import BudgetSpec
 from rankflow.tracking import Tracker
 
@@ -81,6 +97,9 @@ class RankFlow:
         sinks: Called with every event, in order.
         resume: What ``state_dict`` returned in the run that goes on; the sites are then brought to
             the ranks that they had, and nothing happens to those that have them already.
+        max_bad_steps: Steps in a row whose loss or gradients are not finite that stop the run. None
+            of them counts for the scores. The default leaves a gradient scaler, which starts at
+            65536 and halves, room to come down to 1.
 
     Raises:
         SiteError: The model has no site, or one that cannot be steered.
@@ -98,16 +117,27 @@ class RankFlow:
         accelerate: bool = True,
         sinks: Sequence[Callable[[RankEvent], None]] = (),
         resume: dict[str, Any] | None = None,
+        max_bad_steps: int = MAX_BAD_STEPS,
     ) -> None:
         _check_arguments(budget, total_steps)
+        _check_limit(max_bad_steps)
         self.model = model
         self.budget = budget
         self.adapter_name = adapter_name
         self.history: list[RankEvent] = []
         self.sinks = list(sinks)
+        self._optimizer: Optimizer | None = None
+        refuse_other_engines(model)
         self._sites = find_sites(model, adapter_name)
         check_trainable(model, adapter_name, self._sites)
         warn_of_stacked_weights(model)
+        with undone_on_error("attaching RankFlow to the model", self._sites, model=model):
+            self._set_up(total_steps, accelerate, resume, max_bad_steps)
+
+    def _set_up(
+        self, total_steps: int, accelerate: bool, resume: dict[str, Any] | None, max_bad_steps: int
+    ) -> None:
+        model, budget = self.model, self.budget
         is_new = self._sites[0].gate is None
         if is_new:
             if budget.components != "factors" and resume is None:
@@ -127,23 +157,25 @@ class RankFlow:
             largest = max(info.max_rank for info in self.resolved.sites)
             share_matrices(self._sites, draw_matrices(self._sites, largest, budget.seed))
         for site in self._sites:
-            translate_state_dicts(site.layer, adapter_name)
+            translate_state_dicts(site.layer, self.adapter_name)
             if accelerate and site.magnitude_slot is not None:
                 accelerate_site(site)
         self._steps = 0
         self._observed = 0
         self._limit = self.resolved.start
-        self._optimizer: Optimizer | None = None
-        self._gradients = StepGradients(self._sites)
+        self._accept = torch.ones((), dtype=torch.bool, device=self._sites[0].A.device)
+        self._gradients = StepGradients(self._sites, _trained_beside(model, self._sites))
+        self._bad_steps = BadSteps(self._sites, max_bad_steps)
         self._fair_start = FairStart(self._sites)
         self._growth = Growth(budget, self._sites, self.resolved)
+        self._reducer = Reducer(model)
         if resume is None:
             self._resize_in_place(self.resolved.start_ranks, self.resolved.start_magnitudes)
             if is_new:
                 self._draw_components()
             self._look_ahead()
         else:
-            self.load_state_dict(resume)
+            self._restore(resume)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -177,25 +209,55 @@ class RankFlow:
         """Optimizer steps taken."""
         return self._steps
 
-    def observe(self, *, loss_scale: Tensor | float = 1.0) -> None:
+    def observe(self, *, loss_scale: Tensor | float = 1.0, loss: Tensor | None = None) -> None:
         """Fold this step's gradients into the scores; does not wait for the device.
 
         Call it when the gradients of the whole step are complete, accumulated, reduced and clipped:
         after ``backward`` and clipping, before ``optimizer.step``. Clipping is undone; a step whose
-        gradients are not finite does not count.
+        loss or gradients are not finite does not count, and too many in a row stop the run.
 
         Args:
             loss_scale: Factor of a gradient scaler that was on the loss in ``backward`` and is off
                 the gradients now.
+            loss: Loss of the step, of any shape; the sum of micro-batches will do. A loss that is
+                not finite may have finite gradients. In a job of several processes it is not
+                looked at: each has its own, and all must decide alike.
 
         Raises:
+            DivergenceError: ``max_bad_steps`` steps in a row were bad; the message names the first
+                of them, and the site where numbers ceased to be finite.
             RankFlowError: No adapter parameter has a gradient.
         """
+        reading = self._gradients.read(loss_scale)
+        is_finite = _is_finite(loss, like=reading.accept)
+        self._accept = reading.accept & is_finite
         if not self.resolved.is_static:
-            accept = self._gradients.accept()
-            self._tracker.observe(self._gradients.unclip(loss_scale), accept)
-            self._growth.sketch.observe(accept, loss_scale)
+            self._tracker.observe(reading.unclip, self._accept)
+            self._growth.sketch.observe(self._accept, loss_scale)
         self._observed += 1
+        step = self._steps + 1
+        self._bad_steps.count(step, reading, is_finite, self._gradients.parameters)
+
+    def mute_bad_step(self) -> None:
+        """Set all gradients of the step that ``observe`` has seen to zero if it does not count.
+
+        Then it leaves the weights finite: the optimizer takes the step that it takes without a
+        gradient. It does not wait for the device. With a gradient scaler leave it out: that skips
+        the step by itself, and has to see why.
+        """
+        self._gradients.mute(self._accept)
+
+    def check_finite(self) -> None:
+        """Check that all weights that the run trains are finite; waits for the device.
+
+        Raises:
+            DivergenceError: One is not; the message names its site.
+        """
+        check_weights(
+            self._gradients.parameters,
+            f"training has diverged by step {self._steps}: go on from an earlier checkpoint, with "
+            "a lower learning rate, or in bf16 instead of fp16",
+        )
 
     def penalty(self) -> Tensor:
         """Return what the budget's regulariser adds to the loss of a step, a scalar.
@@ -229,7 +291,9 @@ class RankFlow:
 
         Raises:
             SurgeryError: The optimizer does not train the adapter, or has state that cannot be
-                resized; model and optimizer are as they were.
+                resized, or the event failed, say for lack of memory. All is as it was before the
+                event; training may go on, and the next due step tries again.
+            DivergenceError: An event is due, and weights or scores are not finite.
             SiteError: An event is due and the adapter is not active.
             RankFlowError: An event is due and ``observe`` was never called.
         """
@@ -241,7 +305,10 @@ class RankFlow:
         if self.resolved.scheduler.is_due(self._steps):
             self._check_observed()
             event = self._reallocate(self._steps)
-        self._look_ahead()
+        try:
+            self._look_ahead()
+        finally:
+            self._publish(event)
         return event
 
     def _check_observed(self) -> None:
@@ -287,12 +354,16 @@ class RankFlow:
             What had to be done, or None if the target is met already.
 
         Raises:
+            DivergenceError: The weights are not finite.
             SiteError: Something has to be done and the adapter is not active.
         """
+        self.check_finite()
         if self.spent <= self.resolved.target:
             self._limit = min(self._limit, self.resolved.target)
             return None
-        return self._reallocate(self.total_steps)
+        event = self._reallocate(self.total_steps)
+        self._publish(event)
+        return event
 
     def facts(self, metrics: Mapping[str, float] | None = None) -> AdapterFacts:
         """Return what an exported adapter should say of this run.
@@ -313,22 +384,29 @@ class RankFlow:
         self._gradients.close()
         self._fair_start.close()
         self._growth.sketch.close()
+        self._bad_steps.close()
+        self._reducer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, as plain values and tensors."""
+        """Return everything that a resumed run needs, as plain values and tensors.
+
+        In a job of several processes all of them have to call it; one of them may save it.
+        """
+        self._growth.sketch.average("saving the state of RankFlow")
         return {
             "budget": self.budget.model_dump(),
             "total_steps": self.total_steps,
             "ranks": self.ranks,
             "steps": self._steps,
             "observed": self._observed,
+            "bad_steps": self._bad_steps.in_a_row,
             "limit": self._limit,
             "magnitudes": magnitudes_on(self._sites).tolist(),
             "young": [list(steps) for steps in self._fair_start.steps],
             **self._tracker.state(),
             "scorer": self._tracker.tensors(),
             "sketch": {key: value.clone() for key, value in self._growth.sketch.state().items()},
-            "gated": {key: value.clone() for key, value in self._gated_factors().items()},
+            "gated": {k: factor.detach().clone() for k, factor in self._gated_factors().items()},
             "history": _EVENTS.dump_python(self.history, mode="json"),
         }
 
@@ -345,19 +423,24 @@ class RankFlow:
         Raises:
             CheckpointError: The state belongs to another model, budget or length of run.
             SiteError: The adapter is not active.
+            SurgeryError: There is no memory for it; all is as it was.
         """
+        with self._undone_on_error("bringing the model to a saved state"):
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self._check_state(state)
         check_trainable(self.model, self.adapter_name, self._sites)
         self._resize_in_place(
             np.array([state["ranks"][s.name] for s in self._sites]), np.array(state["magnitudes"])
         )
         self._steps, self._observed = state["steps"], state["observed"]
+        self._bad_steps.restart(state["bad_steps"])
         self._limit = state["limit"]
         self._fair_start.steps = [list(steps) for steps in state["young"]]
         self._tracker.load(state, state["scorer"])
-        with torch.no_grad():
-            for key, factor in self._gated_factors().items():
-                factor.copy_(state["gated"][key])
+        for key, factor in self._gated_factors().items():
+            renew(factor, state["gated"][key])
         self.history = _EVENTS.validate_python(state["history"])
         self._look_ahead()
         if state["sketch"]:
@@ -386,6 +469,7 @@ class RankFlow:
         self._tracker = Tracker(self.budget, self._sites, self.resolved.sites)
         self._fair_start.restart()
         self._gradients.watch(self._sites)
+        self._reducer.invalidate()
         self._optimizer = None
 
     def _draw_components(self) -> None:
@@ -396,34 +480,84 @@ class RankFlow:
             start_vectors(self._sites)
 
     def _reallocate(self, step: int) -> RankEvent:
+        """Carry out one event: in a job of several processes the first one decides for all."""
+        what = f"the reallocation after step {self._steps}"
         began = time.perf_counter()
+        with self._undone_on_error(what):
+            processes.wait_for_all(what)
+            self._growth.sketch.average(what)
+            values = processes.from_first(processes.in_all(self._measure, what), what)
+            table = self._tracker.survey(values)
+            plan = processes.from_first(self.resolved.scheduler.plan(table, step), what)
+            processes.in_all(lambda: self._carry_out(table, plan), what)
+            self._share_newborns(plan, what)
+            self._check_agreement(what)
+            self._limit = self.resolved.scheduler.budget_at(step)
+            seconds = time.perf_counter() - began
+            event = describe(table, plan, len(self.history), self._steps, self._limit, seconds)
+            assert event.spent == self.spent <= self._limit, "surgery and plan disagree on the cost"
+            self.history.append(event)
+        return event
+
+    def _measure(self) -> FloatArray:
         check_trainable(self.model, self.adapter_name, self._sites)  # another may be active now
-        scheduler, index = self.resolved.scheduler, len(self.history)
-        table = self._tracker.survey(self._growth.energy())
-        plan = scheduler.plan(table, step)
-        newborns = self._growth.newborns(index + 1)
+        self.check_finite()
+        return self._tracker.measure(self._growth.energy())
+
+    def _carry_out(self, table: ComponentTable, plan: RankPlan) -> None:
+        newborns = self._growth.newborns(len(self.history) + 1)
         surgery.resize(self._sites, plan, self._optimizer, newborns, self.budget.renormalise)
         self._growth.sketch.close()
         self._tracker.follow(table, plan)
         self._fair_start.follow(plan)
         self._gradients.watch(self._sites)
+        self._reducer.invalidate()
         sync_config(self.model, self.adapter_name, self._sites)
-        self._limit = scheduler.budget_at(step)
-        seconds = time.perf_counter() - began
-        event = describe(table, plan, index, self._steps, self._limit, seconds)
-        assert event.spent == self.spent <= self._limit, "surgery and plan disagree on the cost"
-        self.history.append(event)
-        for sink in self.sinks:
-            sink(event)
-        return event
+
+    def _share_newborns(self, plan: RankPlan, what: str) -> None:
+        """Give all processes the newborns of the first: devices may differ in their last bits."""
+        if not processes.are_several():
+            return
+        drawn = [
+            factor.detach().narrow(axis, len(keep), int(births))
+            for site, keep, births in zip(self._sites, plan.keep, plan.births, strict=True)
+            for factor, axis in site.factors
+            if births > 0
+        ]
+        copies = [rows.contiguous() for rows in drawn]
+        processes.tensors_from_first(copies, what)
+        for rows, copy in zip(drawn, copies, strict=True):
+            rows.copy_(copy)
+
+    def _check_agreement(self, what: str) -> None:
+        """Check that adapters and optimizer state are the same in all processes of the job."""
+        if processes.are_several():
+            prints = fingerprints(self._sites, self._optimizer)
+            processes.check_equal(prints, [site.name for site in self._sites], what)
+
+    def _publish(self, event: RankEvent | None) -> None:
+        if event is not None:
+            for sink in self.sinks:
+                sink(event)
+
+    def _undone_on_error(self, what: str) -> AbstractContextManager[None]:
+        tracker = self._tracker
+        parts = (self, tracker, *tracker.scorers.values(), self._fair_start, self._gradients)
+        return undone_on_error(
+            what,
+            self._sites,
+            model=self.model,
+            optimizer=self._optimizer,
+            others=(*parts, self._growth.sketch, self._bad_steps),
+        )
 
     def _look_ahead(self) -> None:
         self._growth.look_ahead(self._steps, event=len(self.history))
 
-    def _gated_factors(self) -> dict[str, Tensor]:
-        """Return B and the gates of every gated site by name; the tensors are the live ones."""
+    def _gated_factors(self) -> dict[str, nn.Parameter]:
+        """Return B and the gates of every gated site by name."""
         return {
-            f"{site.name}.{name}": factor.detach()
+            f"{site.name}.{name}": factor
             for site in self._sites
             if site.gate is not None
             for name, factor in (("B", site.B), ("gate", site.gate), ("row_gate", site.row_gate))
@@ -460,11 +594,27 @@ def _check_arguments(budget: BudgetSpec, total_steps: int) -> None:
             f"total_steps must be a positive whole number of optimizer steps, received "
             f"{total_steps!r}"
         )
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+
+
+def _check_limit(max_bad_steps: int) -> None:
+    if not isinstance(max_bad_steps, int) or max_bad_steps < 1:
         raise RankFlowError(
-            f"this version steers one process, and the job has {dist.get_world_size()}; "
-            "run it on one device"
+            f"max_bad_steps must be a positive whole number of steps, received {max_bad_steps!r}; "
+            f"the default is {MAX_BAD_STEPS}"
         )
+
+
+def _trained_beside(model: PeftModel, sites: Sequence[Site]) -> list[nn.Parameter]:
+    """Return what is trained beside the adapter, such as a task head."""
+    adapter = {id(p) for site in sites for p in (*site.trained, *site.named_parameters.values())}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in adapter]
+
+
+def _is_finite(loss: Tensor | None, like: Tensor) -> Tensor:
+    """Whether a loss is, a boolean of shape ``()``; True where nothing is to be said of it."""
+    if loss is None or processes.are_several():
+        return torch.ones_like(like)
+    return torch.isfinite(loss.detach()).all().to(like.device, non_blocking=True)
 
 
 def _unwrap(optimizer: Optimizer) -> Optimizer:

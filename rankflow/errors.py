@@ -44,6 +44,10 @@ class SurgeryError(RankFlowError):
     """A resize was refused or failed; the model and the optimizer are as they were before it."""
 
 
+class DivergenceError(RankFlowError):
+    """Loss, gradients or weights are not finite, and training on would not mend it."""
+
+
 class FileError(RankFlowError):
     """A file is damaged, or asks for what no file may: code, or files outside its folder."""
 

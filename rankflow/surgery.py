@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from rankflow.adapters.newborns import Newborns
 from rankflow.adapters.rebuild import grow, rebuild_factors, rebuild_magnitude
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site, magnitudes_on
 from rankflow.errors import SurgeryError
 from rankflow.records import IntArray, RankPlan
@@ -46,9 +47,9 @@ class _SiteChange:
     site: Site
     replacements: dict[str, _Replacement]
 
-    def install(self, *, new: bool) -> None:
-        """Put the new parameters into the site, or the old ones back."""
-        self.site.install(**{k: r.new if new else r.old for k, r in self.replacements.items()})
+    def install(self) -> None:
+        """Put the new parameters into the site."""
+        self.site.install(**{name: r.new for name, r in self.replacements.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,37 +366,23 @@ def _resize_state(
 
 
 def _commit(changes: Sequence[_SiteChange], optimizer: Optimizer | None) -> None:
-    done: list[_SiteChange] = []
-    saved_state = {} if optimizer is None else dict(optimizer.state)
+    before = Savepoint([change.site for change in changes], optimizer=optimizer)
     try:
         for change in changes:
-            done.append(change)
-            change.install(new=True)
+            change.install()
             for replacement in change.replacements.values():
                 _rekey(optimizer, replacement)
     except BaseException:
-        for change in done:
-            change.install(new=False)
-            for replacement in change.replacements.values():
-                _set_in_group(optimizer, replacement, replacement.old)
-        if optimizer is not None:
-            optimizer.state.clear()
-            optimizer.state.update(saved_state)
+        before.restore()
         raise
 
 
 def _rekey(optimizer: Optimizer | None, replacement: _Replacement) -> None:
     if optimizer is None:
         return
-    _set_in_group(optimizer, replacement, replacement.new)
+    if replacement.group is not None:
+        group, position = replacement.group
+        optimizer.param_groups[group]["params"][position] = replacement.new
     optimizer.state.pop(replacement.old, None)
     if replacement.state is not None:
         optimizer.state[replacement.new] = replacement.state
-
-
-def _set_in_group(
-    optimizer: Optimizer | None, replacement: _Replacement, parameter: nn.Parameter
-) -> None:
-    if optimizer is not None and replacement.group is not None:
-        group, position = replacement.group
-        optimizer.param_groups[group]["params"][position] = parameter

@@ -9,9 +9,17 @@ from torch import Tensor
 
 from rankflow.adapters.sites import Site, magnitudes_on
 from rankflow.allocation.demand import estimate_demand, price_by_gradient
+from rankflow.errors import DivergenceError
 from rankflow.importance.magnitudes import change_of_magnitudes
 from rankflow.importance.registry import make_scorers
-from rankflow.records import ComponentTable, MagnitudeTable, RankPlan, SiteInfo
+from rankflow.records import (
+    ComponentTable,
+    FloatArray,
+    IntArray,
+    MagnitudeTable,
+    RankPlan,
+    SiteInfo,
+)
 from rankflow.specs.budget import BudgetSpec
 
 
@@ -42,19 +50,33 @@ class Tracker:
         for scorer in self.scorers.values():
             scorer.observe(unclip, accept)
 
-    def survey(self, energy: Tensor) -> ComponentTable:
-        """Bring what is known to the host: the one copy of an event.
+    def measure(self, energy: Tensor) -> FloatArray:
+        """Bring what the device knows to the host: the one copy of an event.
 
         Args:
             energy: Largest singular value of the gradient of each site's weight outside of what its
                 components span, shape ``(S,)``; 0 where it was not measured.
+
+        Returns:
+            What ``survey`` takes.
         """
-        ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
         change = change_of_magnitudes(self._sites)
         read = [energy, change, *(scorer.read() for scorer in self.scorers.values())]
-        values = torch.cat(read).to("cpu", torch.float64).numpy()
+        return torch.cat(read).to("cpu", torch.float64).numpy()
+
+    def survey(self, values: FloatArray) -> ComponentTable:
+        """Return what is known of every component and magnitude.
+
+        Args:
+            values: What ``measure`` returned.
+
+        Raises:
+            DivergenceError: A score is not finite; nothing is remembered of this survey.
+        """
+        ranks = np.array([site.rank for site in self._sites], dtype=np.int64)
         ends = np.cumsum([len(ranks), len(ranks), ranks.sum()])
         energies, changes, scores, magnitude_scores = np.split(values, ends)
+        self._check_finite(ranks, scores, magnitude_scores)
         mature = self._ages >= self._protect
         self._demand = estimate_demand(ranks, scores, mature, self._demand)
         demand = price_by_gradient(self._demand, ranks, energies)
@@ -64,6 +86,17 @@ class Tracker:
             self._promise = np.where(on, magnitude_scores, self._promise)
             magnitudes = MagnitudeTable(on, self._promise, self._magnitude_ages)
         return ComponentTable(self._infos, ranks, scores, self._ages, demand, magnitudes, changes)
+
+    def _check_finite(self, ranks: IntArray, *scores: FloatArray) -> None:
+        sites = (np.repeat(np.arange(len(ranks)), ranks), np.arange(len(ranks)))
+        for of_site, values in zip(sites, scores, strict=True):
+            bad = np.flatnonzero(~np.isfinite(values))
+            if len(bad):
+                raise DivergenceError(
+                    f"{len(bad)} of {len(values)} scores are not finite, the first at site "
+                    f"{self._infos[of_site[bad[0]]].name!r}, and no rank is decided by them; "
+                    "gradients have grown beyond all bounds: lower the learning rate, or clip"
+                )
 
     def follow(self, table: ComponentTable, plan: RankPlan) -> None:
         """Follow components and magnitudes through a resize that has been carried out."""

@@ -250,6 +250,13 @@ def test_a_folder_as_it_was_written_has_no_damage_and_may_get_more_files(sealed)
     assert find_damage(sealed) is None
 
 
+def test_of_one_file_alone_only_its_own_damage_counts(sealed):
+    (sealed / "part/file.txt").write_text("other")
+    assert find_damage(sealed, only="weights") is None
+    (sealed / "weights").write_bytes(b"")
+    assert find_damage(sealed, only="weights") == "weights is not what was written (0 bytes)"
+
+
 @pytest.mark.parametrize("length", [0, 1, 2047])
 def test_a_file_cut_short_is_found(sealed, length):
     file = sealed / "weights"

@@ -12,12 +12,14 @@ from torch import nn
 from torch.nn import functional
 from transformers.optimization import Adafactor
 
+from rankflow import engine
 from rankflow.adapters.sites import find_sites
 from rankflow.checkpoint import load_state, save_state
 from rankflow.engine import RankFlow
 from rankflow.errors import (
     BudgetError,
     CheckpointError,
+    DivergenceError,
     RankFlowError,
     SiteError,
     SpecError,
@@ -25,6 +27,7 @@ from rankflow.errors import (
 )
 from rankflow.export.inspect import FACTS, WEIGHTS
 from rankflow.export.peft import export_adapter
+from rankflow.importance.sketch import GradientSketch
 from rankflow.report.events import EventLog, read_events
 from rankflow.report.summary import describe_event
 from rankflow.report.tensorboard import TensorBoardSink
@@ -495,9 +498,8 @@ def test_training_under_bf16_autocast_keeps_the_budget(use_dora):
     assert loss_of(model, 0).item() < before
 
 
-def test_a_static_budget_needs_neither_gradients_nor_events():
+def test_a_static_budget_needs_neither_observations_nor_events():
     _, flow, optimizer = start({"rank": 2, "policy": "uniform"})
-    flow.observe()
     assert [flow.step(optimizer) for _ in range(STEPS)] == [None] * STEPS
     assert flow.history == []
     assert flow.finish() is None
@@ -646,6 +648,181 @@ def test_an_infeasible_budget_leaves_the_model_as_it_was():
     with pytest.raises(BudgetError, match="at most"):
         RankFlow(model, BudgetSpec(rank=50), STEPS)
     assert ranks_in(model) == {"first": 4, "second": 4, "third": 4}
+
+
+# What comes in between
+
+
+def everything(model, flow, optimizer):
+    return copy.deepcopy((model.state_dict(), flow.state_dict(), optimizer.state_dict()))
+
+
+def assert_same(one, other):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert_same(value, other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_same(*pair)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def until_event(budget="reallocate", **config):
+    """Train to the step after which the first event is due, that step included."""
+    model, flow, optimizer = start(BUDGETS[budget], **config)
+    train(model, flow, optimizer, last=3)
+    loss_of(model, 3).backward()
+    flow.observe()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model, flow, optimizer
+
+
+def fail_once(monkeypatch, error):
+    """Let the last part of the next event raise an error, once."""
+    original, errors = engine.sync_config, [error]
+
+    def sync(*arguments):
+        if errors:
+            raise errors.pop()
+        original(*arguments)
+
+    monkeypatch.setattr(engine, "sync_config", sync)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("64 GiB"), MemoryError("64 GiB"), RuntimeError("64 GiB")]
+)
+def test_an_event_without_memory_is_undone_and_tried_again_at_the_next_due_step(error, monkeypatch):
+    model, flow, optimizer = until_event()
+    before = everything(model, flow, optimizer)
+    fail_once(monkeypatch, error)
+    with pytest.raises(SurgeryError, match=r"after step 4 failed, .* 64 GiB; if memory") as caught:
+        flow.step(optimizer)
+    assert caught.value.__cause__ is error
+    before[1]["steps"] = 4
+    assert_same(everything(model, flow, optimizer), before)
+    train(model, flow, optimizer, first=4)
+    assert [event.step for event in flow.history[:2]] == [8, 12]
+    assert flow.history[0].index == 0
+    assert flow.spent <= flow.limit
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, AssertionError])
+def test_an_interruption_passes_as_it_is_and_leaves_everything_as_it_was(error, monkeypatch):
+    model, flow, optimizer = until_event()
+    before = everything(model, flow, optimizer)
+    fail_once(monkeypatch, error)
+    with pytest.raises(error):
+        flow.step(optimizer)
+    before[1]["steps"] = 4
+    assert_same(everything(model, flow, optimizer), before)
+
+
+def test_what_a_sink_raises_reaches_the_caller_and_the_event_stands():
+    model, flow, optimizer = until_event()
+    twin = until_event()
+    twin[1].step(twin[2])
+
+    def full(event):
+        raise OSError("no space left on the device")
+
+    flow.sinks.append(full)
+    with pytest.raises(OSError, match="no space left"):
+        flow.step(optimizer)
+    assert untimed(flow.history) == untimed(twin[1].history)
+    assert len(flow.history) == 1
+    flow.sinks.clear()
+    for run in ((model, flow, optimizer), twin):
+        train(*run, first=4)
+    assert untimed(flow.history) == untimed(twin[1].history)
+    assert_same(model.state_dict(), twin[0].state_dict())
+
+
+def test_without_memory_for_a_sketch_the_event_before_it_is_told_all_the_same(monkeypatch):
+    model, flow, optimizer = until_event()
+    told = []
+    flow.sinks.append(told.append)
+
+    def no_room(self, event):
+        raise torch.OutOfMemoryError("64 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientSketch, "_allocate", no_room)
+        with pytest.raises(SurgeryError, match="sketching the gradient for newborns failed"):
+            flow.step(optimizer)
+    assert told == flow.history
+    assert len(told) == 1
+    train(model, flow, optimizer, first=4)
+    assert told == flow.history
+
+
+def test_nothing_is_decided_on_weights_that_are_not_finite(use_dora):
+    model, flow, optimizer = until_event(use_dora=use_dora)
+    name, parameter = next(iter(adapter_parameters(model).items()))
+    with torch.no_grad():
+        parameter[0, 0] = float("nan")
+    ranks = flow.ranks
+    with pytest.raises(DivergenceError, match=r"weights of site 'first' are not .* by step 4: go"):
+        flow.step(optimizer)
+    with pytest.raises(DivergenceError, match="site 'first'"):
+        flow.finish()
+    assert flow.ranks == ranks
+    assert flow.history == []
+    assert dict(model.named_parameters())[name] is parameter
+
+
+def test_nothing_is_decided_on_scores_that_are_not_finite():
+    model, flow, optimizer = until_event()
+    state = flow.state_dict()
+    state["scorer"]["components.sum"][5] = float("inf")
+    flow.load_state_dict(state)
+    before = everything(model, flow, optimizer)
+    with pytest.raises(DivergenceError, match="1 of 6 scores are not finite, the first at site"):
+        flow.step(optimizer)
+    before[1]["steps"] = 4
+    assert_same(everything(model, flow, optimizer), before)
+
+
+def test_the_count_of_bad_steps_goes_into_the_state():
+    model, flow, optimizer = start(BUDGETS["reallocate"])
+    for step in range(3):
+        (loss_of(model, step) * float("nan")).backward()
+        flow.observe()
+        flow.mute_bad_step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        flow.step(optimizer)
+    state = flow.state_dict()
+    assert state["bad_steps"] == 3
+    other = make_model()
+    resumed = RankFlow(other, flow.budget, STEPS, resume=state, max_bad_steps=4)
+    (loss_of(other, 3) * float("nan")).backward()
+    with pytest.raises(DivergenceError, match=r"4 steps in a row .* the first is step 1:"):
+        resumed.observe()
+
+
+@pytest.mark.parametrize("policy", ["knapsack", "uniform"])
+def test_a_muted_step_is_one_of_zero_gradient_under_every_budget(policy):
+    model, flow, optimizer = start(MOVES | {"policy": policy})
+    twin = start(MOVES | {"policy": policy})
+    for each, number in ((model, float("nan")), (twin[0], 0.0)):
+        (loss_of(each, 0) * number).backward()
+    flow.observe()
+    flow.mute_bad_step()
+    for each, step in ((model, optimizer), (twin[0], twin[2])):
+        assert all(not p.grad.any() for p in each.parameters() if p.grad is not None)
+        step.step()
+    assert_same(model.state_dict(), twin[0].state_dict())
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5, None])
+def test_a_limit_of_bad_steps_that_is_no_number_of_steps_is_refused(limit):
+    with pytest.raises(RankFlowError, match="max_bad_steps must be a positive whole number"):
+        RankFlow(make_model(), BudgetSpec(rank=2), STEPS, max_bad_steps=limit)
 
 
 # Modules that a step does not reach
@@ -1183,7 +1360,6 @@ def test_every_sink_survives_events_of_magnitudes(mixed, tmp_path):
     log, board, lines = EventLog(tmp_path / "events.jsonl"), TensorBoardSink(tmp_path), []
     flow.sinks += [log, board, lambda event: lines.append(describe_event(event))]
     train_mixed(model, flow, optimizer)
-    log.close()
     board.close()
     assert read_events(tmp_path / "events.jsonl") == flow.history
     on = sum(flow.history[-1].magnitudes.values())

@@ -140,7 +140,7 @@ class CellTrainer(DurableTrainer):
 
     def save_engine(self, folder: Path) -> None:
         """Write the state of the engine that steers the ranks, if there is one."""
-        if self.flow is not None:
+        if self.flow is not None:  # a cell has one process
             save_state(self.flow.state_dict(), folder)
 
     def load_engine(self, folder: Path, *, resumes: bool) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gate import add_gate
+from rankflow.adapters.savepoint import renew
 from rankflow.adapters.sites import Site
 from rankflow.adapters.vera import add_vectors
 from rankflow.errors import SiteError
@@ -70,9 +71,9 @@ def start_gates(sites: Sequence[Site], generator: torch.Generator) -> None:
     for site in sites:
         assert site.gate is not None  # the caller has put it there
         A, B = draw_components(site, site.rank, site.rank, generator)
-        site.A.copy_(A)
-        site.B.copy_(B)
-        site.gate.zero_()
+        renew(site.A, A)
+        renew(site.B, B)
+        renew(site.gate, torch.zeros_like(site.gate))
 
 
 def _is_zero(factor: Tensor) -> bool:

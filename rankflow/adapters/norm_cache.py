@@ -64,13 +64,14 @@ class NormCache:
         epoch = Epoch.steps if len(A) > 0 else None  # W alone is not what optimizers change
         seen = (epoch, scale, seen_weight, *(_identity(factor) for factor in factors))
         if self._norms is None or seen != self._seen:
+            self._seen = ()  # an interruption leaves nothing that is taken for known
             with torch.inference_mode(False):  # training may follow
                 if seen_weight != self._seen_weight:
                     self._squares = squares_of_base(layer, A, B)
                     self._seen_weight = seen_weight
                 self._norms = measure_norms(layer, A, B, scale, squares=self._squares)
-            self._seen = seen
             self._alive = [tensor.untyped_storage() for tensor in (weight, *factors)]
+            self._seen = seen
         return self._norms
 
 

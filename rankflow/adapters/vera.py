@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rankflow.adapters.gate import add_row_gate
+from rankflow.adapters.savepoint import renew
 from rankflow.adapters.sites import Site
 
 _D_START = 0.1
@@ -86,10 +87,10 @@ def start_vectors(sites: Sequence[Site]) -> None:
         assert site.gate is not None  # the caller has put both there
         assert site.row_gate is not None
         A, B = _components(site, torch.arange(site.rank))
-        site.A.copy_(A)
-        site.B.copy_(B)
-        site.gate.fill_(_D_START)
-        site.row_gate.zero_()
+        renew(site.A, A)
+        renew(site.B, B)
+        renew(site.gate, torch.full_like(site.gate, _D_START))
+        renew(site.row_gate, torch.zeros_like(site.row_gate))
 
 
 def draw_unused(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rankflow.containment import contained
+from rankflow.durable import SUMS_FILE, find_damage
 from rankflow.errors import FileError, RankFlowError, excerpt
 from rankflow.strict_json import read_json
 from rankflow.tensor_files import TensorFile, check_finite, read_header
@@ -89,6 +90,9 @@ def read_weights(folder: Path) -> TensorFile:
 def check_adapter_files(folder: Path) -> dict[str, Any]:
     """Check all that PEFT reads of a folder, every number of its tensors too.
 
+    A flipped bit that leaves a finite number shows only where RankFlow wrote the folder and its
+    sums.
+
     Returns:
         What its configuration says.
 
@@ -97,6 +101,11 @@ def check_adapter_files(folder: Path) -> dict[str, Any]:
     """
     config = read_config(folder)
     check_finite(read_weights(folder))
+    damage = find_damage(folder, only=WEIGHTS) if (folder / SUMS_FILE).is_file() else None
+    if damage is not None:
+        raise FileError(
+            f"{folder}: {damage}; export it again, or remove {SUMS_FILE} if you changed it yourself"
+        )
     return config
 
 

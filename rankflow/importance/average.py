@@ -1,5 +1,8 @@
 """An exponential moving average with one count for each component."""
 
+from copy import copy
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -33,22 +36,27 @@ class ComponentAverage:
     def update(self, values: Tensor, accept: Tensor) -> None:
         """Fold in one step, unless the boolean scalar ``accept`` is false; no host sync.
 
+        A number that is not finite is left out: squares overflow where gradients do not yet.
+
         Args:
             values: The step's numbers, shape ``(C,)``.
             accept: Whether the step counts, a boolean tensor of shape ``()``.
         """
-        gain = (1 - self.decay) * accept
-        self._sum += gain * (torch.where(accept, values, 0) - self._sum)
+        counts = accept & torch.isfinite(values)
+        gain = (1 - self.decay) * counts
+        self._sum += gain * (torch.where(counts, values, 0) - self._sum)
         self._weight += gain * (1 - self._weight)
 
     def read(self) -> Tensor:
         """Return the corrected averages, shape ``(C,)``; 0 for a component never updated."""
         return self._sum / self._weight.clamp_min(torch.finfo(self._weight.dtype).tiny)
 
-    def reindex(self, sources: Tensor) -> None:
-        """Follow the components through an event; newborns (-1) start afresh."""
-        self._sum = follow(self._sum, sources)
-        self._weight = follow(self._weight, sources)
+    def followed(self, sources: Tensor) -> Self:
+        """Return the average of the components after an event; newborns (-1) start afresh."""
+        moved = copy(self)
+        moved._sum = follow(self._sum, sources)
+        moved._weight = follow(self._weight, sources)
+        return moved
 
     def state(self) -> dict[str, Tensor]:
         """Return the state by name."""

@@ -19,9 +19,9 @@ class RandomScore:
     """
 
     def __init__(self, count: int, seed: int, home: torch.device) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
         self._home = home
-        self._values = self._draw(count)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._values = _draw(count, self._generator).to(home)
 
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Do nothing: the score is fixed."""
@@ -32,8 +32,11 @@ class RandomScore:
 
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Keep the survivors' numbers and draw new ones for the newborns."""
-        drawn = self._draw(len(sources))
+        generator = torch.Generator()  # the one that it has stays as it is
+        generator.set_state(self._generator.get_state())
+        drawn = _draw(len(sources), generator).to(self._home)
         self._values = torch.where(sources >= 0, follow(self._values, sources), drawn)
+        self._generator = generator
 
     def state(self) -> dict[str, Tensor]:
         """Return the numbers and the generator's state."""
@@ -43,9 +46,6 @@ class RandomScore:
         """Restore the numbers and the generator's state."""
         self._values = state["values"].to(self._home)
         self._generator.set_state(state["generator"].cpu())
-
-    def _draw(self, count: int) -> Tensor:
-        return (1 - torch.rand(count, generator=self._generator)).to(self._home)
 
 
 class UniformScore:
@@ -75,3 +75,7 @@ class UniformScore:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Do nothing."""
+
+
+def _draw(count: int, generator: torch.Generator) -> Tensor:
+    return 1 - torch.rand(count, generator=generator)

@@ -43,7 +43,7 @@ class GateGradient:
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the components through a resize."""
         self._rows = _smallest_factor(sites)
-        self._second_moment.reindex(sources)
+        self._second_moment = self._second_moment.followed(sources)
 
     def state(self) -> dict[str, Tensor]:
         """Return the average."""

@@ -1,15 +1,37 @@
 """What happened to a step's gradients between backward and the optimizer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
+from rankflow import processes
 from rankflow.adapters.sites import Site
 from rankflow.errors import RankFlowError
+from rankflow.importance.finite import Owned, are_sound, norms_of_all
 
 _PROBES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one step's gradients say, left on the device.
+
+    Attributes:
+        accept: Whether the step counts, a boolean of shape ``()``.
+        unclip: Factor of shape ``()`` that brings the gradients back to backward's.
+        finite: Whether the gradient of each parameter that has one is finite, shape ``(P,)``.
+        owners: The name of each such parameter's site; None for a task head and the like.
+    """
+
+    accept: Tensor
+    unclip: Tensor
+    finite: Tensor
+    owners: tuple[str | None, ...]
 
 
 class StepGradients:
@@ -18,25 +40,31 @@ class StepGradients:
     Clipping multiplies every gradient by one unknown factor, and loops differ in where they do it.
     The factor is read off a few tensors: a hook notes their norm each time that backward has
     accumulated into them, and ``unclip`` compares it with the norm that is left,
-    :math:`\sqrt{\lVert g_\text{backward} \rVert^2 / \lVert g_\text{now} \rVert^2}`. This holds for
-    any loop, for gradient accumulation, and without waiting for the device.
+    :math:`\lVert g_\text{backward} \rVert / \lVert g_\text{now} \rVert`. This holds for
+    any loop, for gradient accumulation, and without waiting for the device. In a job of several
+    processes the gradients are averaged at the end of backward, and noted after that.
 
     Args:
         sites: The sites whose gradients are watched.
+        others: What else the step trains, such as a task head: it must be finite too.
+
+    Attributes:
+        parameters: What is watched.
     """
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], others: Sequence[nn.Parameter] = ()) -> None:
         self._handles: list[RemovableHandle] = []
+        self._others = tuple(others)
         self.watch(sites)
 
     def watch(self, sites: Sequence[Site]) -> None:
         """Watch the parameters that the sites have now; call it again after every resize."""
         self.close()
-        self._parameters: list[nn.Parameter] = []
-        for site in sites:
-            factors = site.trained if site.rank > 0 else ()
-            magnitude = () if site.magnitude is None else (site.magnitude,)
-            self._parameters += [*factors, *magnitude]
+        self.parameters: list[Owned] = [
+            *((p, site.name) for site in sites for p in _trained(site)),
+            *((p, None) for p in self._others),
+        ]
+        self._home = sites[0].A.device
         # At the start what is zero has the only gradient: B, the gate, or VeRA's factors of rows.
         self._candidates = [s.trained[-1] for s in sites if s.rank > 0]
         self._probe(self._candidates)
@@ -47,40 +75,57 @@ class StepGradients:
             handle.remove()
         self._handles = []
 
-    def accept(self) -> Tensor:
-        """Whether all gradients are finite, a boolean of shape ``()``.
+    def read(self, loss_scale: Tensor | float = 1.0) -> Reading:
+        """Read the gradients of a step that is complete; does not wait for the device.
+
+        A step does not count if one of its gradients is not finite, now or as backward left it, if
+        their norm overflows, or if clipping has therefore made them all zero.
+
+        Args:
+            loss_scale: Factor that a gradient scaler put on the loss and has taken off since.
 
         Raises:
             RankFlowError: No adapter parameter has a gradient at all.
         """
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not gradients:
+        present = [(p.grad, name) for p, name in self.parameters if p.grad is not None]
+        owners = tuple(name for _, name in present)
+        if all(name is None for name in owners):
             raise RankFlowError(
                 "observe() found no gradient on any adapter parameter; call it after "
                 "loss.backward() and before optimizer.step() and zero_grad(), with the adapter "
                 "active and its parameters trainable"
             )
-        # The Euclidean norm is six times faster on a CPU than the largest entry. It overflows above
-        # 1e19, and no step with such a gradient should count either.
-        return torch.isfinite(nn.utils.get_total_norm(gradients))
+        norms = norms_of_all([gradient for gradient, _ in present], self._home)
+        total = torch.linalg.vector_norm(norms)
+        before, now = self._at_probes()
+        factor = torch.where(now > 0, before / now / loss_scale, 1)
+        is_flat = (total == 0) & (before > 0)
+        accept = are_sound(total * factor) & torch.isfinite(before) & ~is_flat
+        return Reading(accept, factor, are_sound(norms), owners)
 
-    def unclip(self, loss_scale: Tensor | float) -> Tensor:
-        """Return the factor of shape ``()`` that brings the gradients back to backward's.
+    @torch.no_grad()
+    def mute(self, accept: Tensor) -> None:
+        """Set all gradients to zero unless ``accept``, without waiting for the device."""
+        refuse = {self._home: ~accept}
+        for parameter, _ in self.parameters:
+            gradient = parameter.grad
+            if gradient is not None:
+                if gradient.device not in refuse:
+                    refuse[gradient.device] = (~accept).to(gradient.device, non_blocking=True)
+                gradient.masked_fill_(refuse[gradient.device], 0)
 
-        Args:
-            loss_scale: Factor that a gradient scaler put on the loss and has taken off since.
-        """
-        home = self._parameters[0].device
+    def _at_probes(self) -> tuple[Tensor, Tensor]:
+        """Return the norm at the probes after backward and now; zeros if unknown."""
         seen = [p for p in self._probes if p in self._accumulated and p.grad is not None]
         if not seen:
             if self._handles:
                 self._look_elsewhere()
-            return torch.ones((), device=home)
-        before = _total([self._accumulated[p] for p in seen], home)
-        now = _total([_square(p.grad) for p in seen if p.grad is not None], home)
-        factor = (before / now).sqrt() / loss_scale
+            unknown = torch.zeros((), device=self._home)
+            return unknown, unknown
+        before = _total([self._accumulated[p] for p in seen], self._home)
+        now = _total([_norm(p.grad) for p in seen if p.grad is not None], self._home)
         self._accumulated.clear()
-        return torch.where(now > 0, factor, 1)
+        return before, now
 
     def _look_elsewhere(self) -> None:
         """Probe what has a gradient now: experts to which no token was sent have none."""
@@ -95,17 +140,31 @@ class StepGradients:
             probe.register_post_accumulate_grad_hook(self._note) for probe in self._probes
         ]
 
-    def _note(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._accumulated[parameter] = _square(parameter.grad)  # type: ignore[index]
+    def _note(self, parameter: nn.Parameter) -> None:
+        if not processes.are_several():
+            self._accumulated[parameter] = _norm(parameter.grad)
+            return
+        # The reducer has queued what averages the gradients, or will: what is queued when the queue
+        # is worked off comes behind that.
+        queue = Variable._execution_engine.queue_callback
+        queue(lambda: queue(partial(self._note_averaged, parameter)))
+
+    def _note_averaged(self, parameter: nn.Parameter) -> None:
+        self._accumulated[parameter] = _norm(parameter.grad)
 
 
-def _square(gradient: Tensor) -> Tensor:
-    return gradient.detach().float().square().sum()
+def _trained(site: Site) -> tuple[nn.Parameter, ...]:
+    factors = site.trained if site.rank > 0 else ()
+    return factors if site.magnitude is None else (*factors, site.magnitude)
 
 
-def _total(numbers: Sequence[Tensor], home: torch.device) -> Tensor:
-    return torch.stack([n.to(home, non_blocking=True) for n in numbers]).sum()
+def _norm(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None  # the hooks run once it is there
+    return torch.linalg.vector_norm(gradient.detach().float())
+
+
+def _total(norms: Sequence[Tensor], home: torch.device) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([n.to(home, non_blocking=True) for n in norms]))
 
 
 def _spread(items: Sequence[nn.Parameter], count: int) -> list[nn.Parameter]:

@@ -146,7 +146,7 @@ class GateOfMagnitude:
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the magnitudes through a resize."""
         self._moves = _Moves(sites)
-        self._second_moment.reindex(sources)
+        self._second_moment = self._second_moment.followed(sources)
 
     def state(self) -> dict[str, Tensor]:
         """Return the average."""

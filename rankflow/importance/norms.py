@@ -77,7 +77,7 @@ class Frobenius:
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the components through a resize."""
         self._live = _live(sites)
-        self._share.reindex(sources)
+        self._share = self._share.followed(sources)
 
     def state(self) -> dict[str, Tensor]:
         """Return the average."""

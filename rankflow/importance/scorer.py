@@ -28,6 +28,8 @@ class Scorer(Protocol):
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the components through a resize.
 
+        New state takes the place of the old, which is not written to: a resize may be undone.
+
         Args:
             sites: The same sites at their new ranks.
             sources: For each new component the index of the old one, -1 if newborn, shape ``(C,)``.

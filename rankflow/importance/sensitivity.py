@@ -12,6 +12,8 @@ singular value in its place.
 """
 
 from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -43,10 +45,12 @@ class _FactorSensitivity:
         pairs = zip(self.sensitivity, self.uncertainty, strict=True)
         return self.rows.per_component([(mean * spread).mean(dim=1) for mean, spread in pairs])
 
-    def reindex(self, rows: Rows, sources: Tensor) -> None:
-        self.sensitivity = _move(self.sensitivity, self.rows, rows, sources)
-        self.uncertainty = _move(self.uncertainty, self.rows, rows, sources)
-        self.rows = rows
+    def followed(self, rows: Rows, sources: Tensor) -> Self:
+        moved = copy(self)
+        moved.sensitivity = _move(self.sensitivity, self.rows, rows, sources)
+        moved.uncertainty = _move(self.uncertainty, self.rows, rows, sources)
+        moved.rows = rows
+        return moved
 
 
 class Sensitivity:
@@ -71,8 +75,9 @@ class Sensitivity:
 
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the components through a resize."""
-        for name, rows in _rows(sites).items():
-            self._factors[name].reindex(rows, sources)
+        self._factors = {
+            name: self._factors[name].followed(rows, sources) for name, rows in _rows(sites).items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Return both averages of all factors, by factor and width."""

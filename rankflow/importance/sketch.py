@@ -32,8 +32,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from rankflow import processes
 from rankflow.adapters.base_weight import magnitude_factor
 from rankflow.adapters.dora import norms_of
+from rankflow.adapters.savepoint import undone
 from rankflow.adapters.sites import Site
 from rankflow.adapters.weight_gradient import project
 from rankflow.importance.watch import watch
@@ -105,12 +107,22 @@ class GradientSketch:
         Args:
             sites: The sites.
             event: Running number of the event ahead; each has test matrices of its own.
+
+        Raises:
+            SurgeryError: There is no memory for it; the sketch stays closed.
         """
         self.close()
         self._sites = tuple(sites)
-        self._allocate(event)
-        self._count = torch.zeros((), device=self._sites[0].A.device)
-        self._handles = [watch(site, partial(self._note, i)) for i, site in enumerate(sites)]
+        try:
+            self._allocate(event)
+            self._count = torch.zeros((), device=self._sites[0].A.device)
+            for index, site in enumerate(sites):
+                self._handles.append(watch(site, partial(self._note, index)))
+        except BaseException as error:
+            self.close()
+            if isinstance(error, RuntimeError | MemoryError):
+                raise undone("sketching the gradient for newborns", error) from error
+            raise
 
     def close(self) -> None:
         """Remove the hooks and forget everything."""
@@ -131,6 +143,7 @@ class GradientSketch:
         if not self.is_open:
             return
         self._check_passes()
+        accept = accept & self._is_finite(accept.device)
         for sums in self._sums:
             home = sums.step.device
             scale = torch.as_tensor(loss_scale).to(home, non_blocking=True)
@@ -189,6 +202,15 @@ class GradientSketch:
             largest.append(torch.linalg.matrix_norm(core, ord=2).to(home))
         return torch.stack(largest) / self._count.clamp_min(1)
 
+    def average(self, what: str) -> None:
+        """Bring together what the processes of the job have seen, before it is read or saved.
+
+        Args:
+            what: What is being done, as the subject of a sentence.
+        """
+        if self.is_open:
+            processes.average([*(sums.total for sums in self._sums), self._count], what)
+
     def state(self) -> dict[str, Tensor]:
         """Return everything that a run resumed within the window needs; nothing while closed."""
         if not self.is_open:
@@ -201,6 +223,11 @@ class GradientSketch:
         """Restore what ``state`` returned into a sketch opened for the same event."""
         for key, tensor in self.state().items():
             tensor.copy_(state[key])
+
+    def _is_finite(self, home: torch.device) -> Tensor:
+        """Whether all that was seen of the step is: a dead site has no gradient that would tell."""
+        sums = [sums.step.sum().to(home, non_blocking=True) for sums in self._sums]
+        return torch.isfinite(torch.stack(sums)).all()
 
     def _check_passes(self) -> None:
         if self._passes == 0 and not self._warned:

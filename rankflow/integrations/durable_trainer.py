@@ -38,7 +38,10 @@ class DurableTrainer(Trainer, ABC):
 
     @abstractmethod
     def save_engine(self, folder: Path) -> None:
-        """Write the state of the engine that steers the ranks, if there is one."""
+        """Write the state of the engine that steers the ranks, if there is one.
+
+        All processes of a job call it, and those whose ``args.should_save`` is set write.
+        """
 
     @abstractmethod
     def load_engine(self, folder: Path, *, resumes: bool) -> None:
@@ -74,6 +77,8 @@ class DurableTrainer(Trainer, ABC):
                 resume_from_checkpoint = str(newest_checkpoint(folder))
             elif resume_from_checkpoint:
                 check_resumable(resume_from_checkpoint)
+            if resume_from_checkpoint:
+                _compare_processes(Path(resume_from_checkpoint), self.args.world_size)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -121,7 +126,7 @@ class DurableTrainer(Trainer, ABC):
                 self._save_rng_state(str(temporary))
             if makes:
                 self._save_progress(temporary)
-                self.save_engine(temporary)
+            self.save_engine(temporary)
             wait()  # until all have written their parts
         wait()  # until it has its name
 
@@ -178,6 +183,19 @@ def newest_checkpoint(folder: Path) -> Path:
             "save_strategy must not be 'no'"
         )
     return found.path
+
+
+def _compare_processes(checkpoint: Path, count: int) -> None:
+    """Warn if a job of another number of processes wrote a checkpoint."""
+    before = max(1, len(list(checkpoint.glob("rng_state_*.pth"))))
+    if before != count:
+        logger.warning(
+            "%s was written by a job of %d processes and this one has %d: it goes on, but other "
+            "random numbers and other batches make it another run",
+            checkpoint,
+            before,
+            count,
+        )
 
 
 def tell_failure(folder: Path, error: Exception) -> CheckpointError:

@@ -6,14 +6,14 @@ stands between ``unscale_`` and ``step``.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -22,7 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from rankflow.checkpoint import check_resumable, checkpoint_name, load_state, save_state
 from rankflow.durable import claim, is_failed_write, seal
 from rankflow.engine import RankFlow
-from rankflow.errors import CheckpointError, RankFlowError
+from rankflow.errors import CheckpointError, DivergenceError, RankFlowError
+from rankflow.importance.bad_steps import MAX_BAD_STEPS
 from rankflow.integrations.durable_trainer import (
     DurableTrainer,
     newest_checkpoint,
@@ -38,6 +39,13 @@ logger = logging.getLogger(__name__)
 
 Sink = Callable[[RankEvent], None]
 
+_REFUSED: Final = (
+    "DataParallel",
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+    DistributedType.MEGATRON_LM,
+    DistributedType.XLA,
+)
 _RESUME: Final = (
     "resume with RankFlowTrainer, or with "
     "trainer.train(resume_from_checkpoint=callback.resume(trainer))"
@@ -58,6 +66,8 @@ class RankFlowCallback(TrainerCallback):
         sinks: Called with every event; None writes ``events.jsonl`` into the output folder, and
             scalars and heatmaps beside it if the Trainer reports to TensorBoard. See also
             ``log_to``.
+        max_bad_steps: As in ``RankFlow``. A step that is not finite is muted: it leaves the weights
+            as the optimizer leaves them without a gradient.
         keeps_checkpoints: Whether the Trainer writes the engine's state into its checkpoints and
             reads it from them, as ``RankFlowTrainer`` does.
 
@@ -71,12 +81,15 @@ class RankFlowCallback(TrainerCallback):
         adapter_name: str = "default",
         *,
         sinks: Sequence[Sink] | None = None,
+        max_bad_steps: int = MAX_BAD_STEPS,
         keeps_checkpoints: bool = False,
     ) -> None:
         self.budget = budget
         self.adapter_name = adapter_name
         self.flow: RankFlow | None = None
         self._sinks = sinks
+        self._max_bad_steps = max_bad_steps
+        self._loss: Tensor | None = None
         self._trainer: Trainer | None = None
         self._keeps_checkpoints = keeps_checkpoints
         self._guard: RemovableHandle | None = None
@@ -90,8 +103,23 @@ class RankFlowCallback(TrainerCallback):
             total_steps: Optimizer steps of the whole run.
             resume: The state of the engine in the run that goes on, or None.
         """
-        self.flow = RankFlow(model, self.budget, total_steps, self.adapter_name, resume=resume)
+        self.flow = RankFlow(
+            model,
+            self.budget,
+            total_steps,
+            self.adapter_name,
+            resume=resume,
+            max_bad_steps=self._max_bad_steps,
+        )
         return self.flow
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Let the loss of a micro-batch count too; ``RankFlowTrainer`` does so itself.
+
+        Args:
+            loss: The loss, detached.
+        """
+        self._loss = loss if self._loss is None else self._loss + loss
 
     def resume(self, trainer: Trainer, checkpoint: str | Path | None = None) -> str:
         """Bring the model of a plain Trainer to the ranks of a checkpoint, and return its path.
@@ -159,6 +187,7 @@ class RankFlowCallback(TrainerCallback):
         """Attach the engine, resize to the start budget or to the resumed ranks, open the sinks."""
         if self._guard is not None:
             self._guard.remove()
+        _check_engine(args)
         flow = self.flow
         is_new = flow is None or flow.steps != state.global_step
         if not self._keeps_checkpoints:
@@ -186,9 +215,16 @@ class RankFlowCallback(TrainerCallback):
         optimizer: Optimizer,
         **_: Any,
     ) -> None:
-        """Fold the step's gradients into the scores, and add the budget's regulariser to them."""
+        """Fold the step's gradients into the scores, and add the budget's regulariser to them.
+
+        A step that is not finite is muted, unless a gradient scaler skips it.
+        """
         flow = self._running()
-        flow.observe(loss_scale=_loss_scale(optimizer))
+        loss, self._loss = self._loss, None
+        with self._closed_on_divergence():
+            flow.observe(loss_scale=_loss_scale(optimizer), loss=loss)
+        if not _is_scaled(optimizer):
+            flow.mute_bad_step()
         flow.regularise()
 
     def on_step_end(
@@ -200,21 +236,38 @@ class RankFlowCallback(TrainerCallback):
         optimizer: Optimizer,
         **_: Any,
     ) -> None:
-        """Count the step, and reallocate if an event is due."""
-        self._running().step(optimizer)
+        """Count the step, reallocate if an event is due, and have only finite weights saved."""
+        with self._closed_on_divergence():
+            self._running().step(optimizer)
+            if control.should_save:
+                self._running().check_finite()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Have only finite weights saved."""
+        if control.should_save:
+            with self._closed_on_divergence():
+                self._running().check_finite()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Add the engine's state to the checkpoint that was just written, and seal it."""
+        """Add the engine's state to the checkpoint that was just written, and seal it.
+
+        One whose weights are not finite stays without, so that no run goes on from it.
+        """
         if self._keeps_checkpoints:
             return
+        with self._closed_on_divergence():
+            self._running().check_finite()
+        state_dict = self._running().state_dict()
         PartialState().wait_for_everyone()  # until all have written their parts
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / checkpoint_name(state.global_step)
         try:
-            save_state(self._running().state_dict(), folder)
+            save_state(state_dict, folder)
             seal(folder)
         except Exception as error:
             if not is_failed_write(error):
@@ -227,7 +280,10 @@ class RankFlowCallback(TrainerCallback):
         """Meet the target budget if the run ended above it, and close what was opened."""
         flow = self._running()
         flow.sinks = [sink for sink in flow.sinks if not isinstance(sink, Reporters)]  # have ended
-        event = flow.finish()
+        try:
+            event = flow.finish()
+        finally:
+            self._close(flow)
         if event is not None:
             logger.warning(
                 "after %d of %d steps the model was above its budget; %d components were pruned to "
@@ -237,9 +293,19 @@ class RankFlowCallback(TrainerCallback):
                 len(event.pruned),
                 event.limit,
             )
+
+    @contextmanager
+    def _closed_on_divergence(self) -> Iterator[None]:
+        try:
+            yield
+        except DivergenceError:
+            self._close(self._running())
+            raise
+
+    def _close(self, flow: RankFlow) -> None:
         if self._sinks is None:
             for sink in flow.sinks:
-                if isinstance(sink, EventLog | TensorBoardSink):
+                if isinstance(sink, TensorBoardSink):
                     sink.close()
         flow.close()
         self._claim.close()
@@ -274,6 +340,7 @@ class RankFlowTrainer(DurableTrainer):
         budget: The budget, from ``load_budget``.
         adapter_name: The adapter to steer.
         sinks: As in ``RankFlowCallback``.
+        max_bad_steps: As in ``RankFlowCallback``; losses that are not finite count too.
         **arguments: Everything that ``transformers.Trainer`` takes.
 
     Attributes:
@@ -286,18 +353,35 @@ class RankFlowTrainer(DurableTrainer):
         budget: BudgetSpec,
         adapter_name: str = "default",
         sinks: Sequence[Sink] | None = None,
+        max_bad_steps: int = MAX_BAD_STEPS,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.rankflow = RankFlowCallback(budget, adapter_name, sinks=sinks, keeps_checkpoints=True)
+        self.rankflow = RankFlowCallback(
+            budget, adapter_name, sinks=sinks, max_bad_steps=max_bad_steps, keeps_checkpoints=True
+        )
         self.rankflow.log_to(self)
         self.add_callback(self.rankflow)
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Train on a micro-batch, and let its loss tell whether the step is finite."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.rankflow.note_loss(loss)
+        return loss
+
     def save_engine(self, folder: Path) -> None:
-        """Write the engine's state into a checkpoint."""
+        """Write the engine's state into a checkpoint, unless its weights are not finite."""
         flow = self.rankflow.flow
         assert flow is not None  # checkpoints are written while it trains
-        save_state(flow.state_dict(), folder)
+        flow.check_finite()
+        state = flow.state_dict()
+        if self.args.should_save:
+            save_state(state, folder)
 
     def load_engine(self, folder: Path, *, resumes: bool) -> None:
         """Bring the model to the ranks of a checkpoint, before its weights are loaded."""
@@ -313,7 +397,9 @@ class RankFlowTrainer(DurableTrainer):
 
 def _refuse_other_ranks(model: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
     for name, parameter in model.named_parameters():
-        if ".lora_" in name and name in state_dict and state_dict[name].shape != parameter.shape:
+        if ".lora_" not in name or name not in state_dict or parameter.numel() == 0:
+            continue  # for what is empty a state dict holds a stand-in
+        if state_dict[name].shape != parameter.shape:
             raise CheckpointError(
                 f"the checkpoint holds {name} of shape {tuple(state_dict[name].shape)} and the "
                 f"model has {tuple(parameter.shape)}: its ranks have moved, and this Trainer "
@@ -334,12 +420,27 @@ def _check_plain(args: TrainingArguments, state: TrainerState, is_new: bool) -> 
         )
 
 
+def _check_engine(args: TrainingArguments) -> None:
+    """Refuse the engines under which ranks cannot change, or would change without effect."""
+    engine = args.distributed_state.distributed_type if args.n_gpu <= 1 else "DataParallel"
+    if engine in _REFUSED:
+        raise RankFlowError(
+            f"this Trainer trains under {getattr(engine, 'value', engine)}, where RankFlow cannot "
+            "change ranks; use DistributedDataParallel: torchrun with one process for each device, "
+            "and neither fsdp nor deepspeed"
+        )
+
+
 def _check_fresh(optimizer: Optimizer) -> None:
     if optimizer.state:
         raise RankFlowError(
             "the optimizer has taken steps before, perhaps in an earlier train(), and its state "
             "does not fit the ranks at which a run begins; make a new Trainer for a new run"
         )
+
+
+def _is_scaled(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, AcceleratedOptimizer) and optimizer.scaler is not None
 
 
 def _loss_scale(optimizer: Optimizer) -> Tensor | float:

@@ -45,22 +45,20 @@ class EventLog:
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
-        try:
-            self._file.truncate(_length_of_events(self.path, keep))
-        except RankFlowError:
-            self.close()
-            raise
+        with self.path.open("ab") as file:
+            self._length = _length_of_events(self.path, keep)
+            file.truncate(self._length)
 
     def __call__(self, event: RankEvent) -> None:
-        """Append the event, and return once it is on disk."""
-        self._file.write(encode_event(event) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file; the log takes no more events."""
-        self._file.close()
+        """Append the event, and return once it is on disk; nothing is left open."""
+        line = encode_event(event) + b"\n"
+        with self.path.open("r+b") as file:
+            file.truncate(self._length)  # what a failed write may have left
+            file.seek(self._length)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._length += len(line)
 
 
 def read_events(path: str | Path) -> list[RankEvent]:

@@ -103,6 +103,8 @@ class ModelSpec(Spec):
         dtype: Type of the base weights.
         revision: Commit, tag or branch of a hub id.
         attention: Implementation of attention; None for the one that transformers chooses.
+        dropout: Every dropout probability of the model's configuration; None for its own. 0 makes a
+            job of several processes compute what one process does.
         chat_template: File with the template that turns messages into text, in place of the
             tokenizer's own; it is saved with the adapter.
     """
@@ -115,6 +117,7 @@ class ModelSpec(Spec):
     dtype: Dtype = "float32"
     revision: Text | None = None
     attention: Attention | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     chat_template: Annotated[Path, BeforeValidator(_as_template)] | None = None
 
     def contradictions(self) -> Iterator[Fault]:

@@ -13,6 +13,8 @@ from typing import Any, Self
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankflow import processes
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -49,8 +51,10 @@ class StopSignals(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for a checkpoint if a signal came."""
-        if self._received is not None:
+        """Ask for a checkpoint if a signal came, to whichever process of a job."""
+        received = max(processes.gather(self._received or 0, "stopping on a signal"))
+        if received:
+            self._received = signal.Signals(received)
             control.should_save = True
 
     def on_save(

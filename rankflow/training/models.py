@@ -128,7 +128,24 @@ def load_config(spec: ModelSpec, labels: tuple[str, ...]) -> PretrainedConfig:
         )
     if not labels:
         config.use_cache = False  # of use in generation only
+    if spec.dropout is not None:
+        _set_dropout(config, spec)
     return config
+
+
+def _set_dropout(config: PretrainedConfig, spec: ModelSpec) -> None:
+    """Set every dropout probability; architectures call them by many names."""
+    probabilities = [
+        key
+        for key, value in config.to_dict().items()
+        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float | int)
+    ]
+    if not probabilities:
+        raise SpecError(
+            f"[model] dropout = {spec.dropout}: a {config.model_type} has no dropout; leave it out"
+        )
+    for key in probabilities:
+        setattr(config, key, spec.dropout)
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:

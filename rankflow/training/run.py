@@ -2,12 +2,14 @@
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
+from rankflow import processes
 from rankflow.adapters.sites import find_sites
 from rankflow.durable import claim
 from rankflow.export.inspect import inspect_adapter
@@ -52,25 +54,40 @@ def train(spec: RunSpec, *, console: Console, resume: bool = False) -> RunResult
     """
     folder = Path(spec.train["output_dir"])
     check_folder(folder)
-    with claim(folder), StopSignals(console) as signals, quiet_libraries():
+    with quiet_libraries():
+        args = make_arguments(spec)  # they bring the processes of a job together
+    if not processes.is_first():
+        console = Console(quiet=True)
+    with (
+        claim(folder) if processes.is_first() else nullcontext(),
+        StopSignals(console) as signals,
+        quiet_libraries(),
+    ):
         start = find_start(folder, spec, console) if resume else None
         result = read_result(folder) if resume else None
+        processes.wait_for_all("looking at the run's folder")
         if result is None:
-            result = _run(spec, console, signals, start)
+            result = _run(spec, args, console, signals, start)
     print_result(result, spec, console)
     return result
 
 
-def _run(spec: RunSpec, console: Console, signals: StopSignals, start: Path | None) -> RunResult:
+def _run(
+    spec: RunSpec,
+    args: TrainingArguments,
+    console: Console,
+    signals: StopSignals,
+    start: Path | None,
+) -> RunResult:
     began = time.perf_counter()
     folder = Path(spec.train["output_dir"])
-    args = make_arguments(spec)
     if start is not None:
         args.resume_from_checkpoint = str(start)
-    job = prepare(spec, args.device, console)
+    with args.main_process_first():  # the others find the rows in its cache
+        job = prepare(spec, args.device, console)
     trainer = make_trainer(spec, job, args)
     trainer.add_callback(signals)
-    if args.resume_from_checkpoint is None:
+    if args.resume_from_checkpoint is None and processes.is_first():
         aside = start_folder(folder, spec)
         if aside is not None:
             console.print(
@@ -80,13 +97,21 @@ def _run(spec: RunSpec, console: Console, signals: StopSignals, start: Path | No
     baseline = job.baseline or _measure_base_model(trainer, job)
     _train_under_bar(trainer, console)
     metrics = _measure(trainer, job)
-    adapter = _export(trainer, metrics, folder / ADAPTER_FOLDER, job.tokenizer)
-    seconds = time.perf_counter() - began
-    result = _sum_up(trainer, job, folder, adapter, baseline, metrics, seconds)
-    write_json(
-        folder / METRICS_FILE, asdict(result) | {"folder": str(folder), "adapter": str(adapter)}
-    )
-    return result
+
+    def conclude() -> RunResult | None:
+        if not processes.is_first():
+            return None
+        adapter = _export(trainer, metrics, folder / ADAPTER_FOLDER, job.tokenizer)
+        seconds = time.perf_counter() - began
+        result = _sum_up(trainer, job, folder, adapter, baseline, metrics, seconds)
+        record = asdict(result) | {"folder": str(folder), "adapter": str(adapter)}
+        write_json(folder / METRICS_FILE, record)
+        return result
+
+    what = "exporting the adapter"
+    concluded = processes.from_first(processes.in_all(conclude, what), what)
+    assert concluded is not None  # the first process has concluded
+    return concluded
 
 
 def _train_under_bar(trainer: RankFlowTrainer, console: Console) -> None:

@@ -67,7 +67,6 @@ def run_folder(tmp_path):
                 index, 100 * index, 54321, 9000, 8000 + index, ranks, ranks, {}, (change,), (), 0.1
             )
         )
-    log.close()
     return folder
 
 
@@ -316,7 +315,6 @@ def test_a_report_may_hold_another_run_to_compare_with(run_folder, tmp_path):
     other = run_folder.rename(tmp_path / "second")
     log = EventLog(tmp_path / "first" / "events.jsonl")
     log(RankEvent(0, 100, 9, 9, 9, {"head": 1}, {"head": 1}, {}, (), (), 0.1))
-    log.close()
     result = run_command("report", tmp_path / "first", "--compare", other)
     assert result.exit_code == 0, result.output
     page = (tmp_path / "first" / "report.html").read_text(encoding="utf-8")

@@ -17,7 +17,6 @@ def write_run(folder, ranks, magnitudes=None, spent=900):
     first = dict.fromkeys(ranks, 9)
     log(RankEvent(0, 5, 999, 999, 999, first, first, {}, (), (), 0.1))
     log(RankEvent(1, 9, 999, 999, spent, first, ranks, {}, (), (), 0.1, magnitudes or {}))
-    log.close()
     return folder
 
 

@@ -70,8 +70,8 @@ class Steered:
 
     def observe(self, scorer, gradients, loss_scale=1.0):
         """What the engine does between backward and the optimizer's step."""
-        accept = gradients.accept()
-        scorer.observe(gradients.unclip(loss_scale), accept)
+        reading = gradients.read(loss_scale)
+        scorer.observe(reading.unclip, reading.accept)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def test_a_newborn_is_judged_on_its_own_life():
     average = ComponentAverage(3, 0.9, like=torch.zeros(1))
     for value in ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]):
         average.update(torch.tensor(value), YES)
-    average.reindex(torch.tensor([2, -1, 0]))
+    average = average.followed(torch.tensor([2, -1, 0]))
     average.update(torch.tensor([7.0, 8.0, 9.0]), YES)
     expected = [weighted_mean(v, 0.9) for v in ([3.0, 6.0, 7.0], [8.0], [1.0, 4.0, 9.0])]
     torch.testing.assert_close(average.read().tolist(), expected, rtol=1e-6, atol=0)
@@ -60,3 +60,10 @@ def test_state_follows_components_of_any_shape():
     assert follow(state[:, 0], torch.tensor([-1, 1])).tolist() == [0, 2]
     assert follow(state, torch.tensor([], dtype=torch.long)).shape == (0, 2)
     assert follow(state[:0], torch.tensor([-1, -1])).tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_number_that_is_not_finite_is_left_out_where_it_stands():
+    average = ComponentAverage(3, 0.5, torch.zeros(()))
+    average.update(torch.tensor([1.0, 2.0, 3.0]), torch.tensor(True))
+    average.update(torch.tensor([5.0, float("inf"), float("nan")]), torch.tensor(True))
+    assert average.read().tolist() == pytest.approx([11 / 3, 2.0, 3.0])

@@ -19,12 +19,12 @@ def test_a_step_without_gradients_is_an_error_that_says_where_to_call(steer, wat
     steered = steer()
     gradients = watch(steered.sites)
     with pytest.raises(RankFlowError, match=r"no gradient on any adapter.*after loss.backward\(\)"):
-        gradients.accept()
+        gradients.read()
     steered.backward(0)
-    assert gradients.accept()
+    assert gradients.read().accept
     steered.model.zero_grad(set_to_none=True)
     with pytest.raises(RankFlowError, match="adapter active and its parameters trainable"):
-        gradients.accept()
+        gradients.read()
 
 
 def test_gradients_of_other_parameters_do_not_count(steer, watch):
@@ -32,7 +32,7 @@ def test_gradients_of_other_parameters_do_not_count(steer, watch):
     gradients = watch(steered.sites)
     steered.model.base_model.model.first.base_layer.weight.grad = torch.ones(5, 5).double()
     with pytest.raises(RankFlowError, match="no gradient"):
-        gradients.accept()
+        gradients.read()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -45,9 +45,9 @@ def test_one_bad_number_anywhere_refuses_the_step(value, where, steer, watch):
         if parameter.numel() == 0:
             continue
         steered.backward(0)
-        assert gradients.accept()
+        assert gradients.read().accept
         parameter.grad.view(-1)[-1] = value
-        assert not gradients.accept()
+        assert not gradients.read().accept
 
 
 def test_the_magnitude_of_a_dead_site_is_watched(steer, watch):
@@ -56,7 +56,48 @@ def test_the_magnitude_of_a_dead_site_is_watched(steer, watch):
     steered.backward(0)
     steered.sites[1].magnitude.grad[0] = float("nan")
     assert steered.sites[1].rank == 0
-    assert not gradients.accept()
+    assert not gradients.read().accept
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+def test_a_number_that_was_mended_before_anybody_looked_refuses_the_step(value, steer, watch):
+    """Clipping turns a norm that overflows into zeros, and others replace what is not a number."""
+    steered = steer()
+    gradients = watch(steered.sites)
+    steered.backward(0, scale=value)
+    for p in parameters(steered):
+        p.grad = None if p.grad is None else torch.zeros_like(p.grad)
+    assert not gradients.read().accept
+    steered.backward(0)
+    assert gradients.read().accept
+
+
+def test_what_is_trained_beside_the_adapter_must_be_finite_too_and_is_told_apart(steer):
+    steered = steer()
+    head = nn.Parameter(torch.ones(3))
+    gradients = StepGradients(steered.sites, [head])
+    steered.backward(0)
+    head.grad = torch.tensor([1.0, float("nan"), 1.0])
+    reading = gradients.read()
+    assert not reading.accept
+    bad = [o for o, fine in zip(reading.owners, reading.finite.tolist(), strict=True) if not fine]
+    assert bad == [None]
+    gradients.close()
+
+
+@pytest.mark.parametrize("accept", [True, False])
+def test_a_muted_step_has_zero_gradients_everywhere_and_an_accepted_one_its_own(accept, steer):
+    steered = steer(use_dora=True)
+    head = nn.Parameter(torch.ones(3))
+    gradients = StepGradients(steered.sites, [head])
+    steered.backward(0)
+    head.grad = torch.full((3,), 2.0 if accept else float("nan"))
+    watched = [p for p, _ in gradients.parameters if p.grad is not None]
+    before = [p.grad.clone() for p in watched]
+    gradients.mute(torch.tensor(accept))
+    for p, own in zip(watched, before, strict=True):
+        assert torch.equal(p.grad, own if accept else torch.zeros_like(own))
+    gradients.close()
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.37, 1e-6, 12.0])
@@ -67,7 +108,7 @@ def test_one_factor_on_all_gradients_is_read_off(factor, steer, watch):
     for p in parameters(steered):
         if p.grad is not None:
             p.grad *= factor
-    assert gradients.unclip(1.0).item() == pytest.approx(1 / factor, rel=1e-6)
+    assert gradients.read().unclip.item() == pytest.approx(1 / factor, rel=1e-6)
 
 
 def test_clipping_is_read_off_the_whole_accumulated_gradient(steer, watch):
@@ -77,7 +118,7 @@ def test_clipping_is_read_off_the_whole_accumulated_gradient(steer, watch):
     for step in range(3):
         steered.loss(steered.batch(step)).backward()
     norm = nn.utils.clip_grad_norm_(parameters(steered), 1e-3)
-    assert gradients.unclip(1.0).item() == pytest.approx(norm.item() / 1e-3, rel=1e-3)
+    assert gradients.read().unclip.item() == pytest.approx(norm.item() / 1e-3, rel=1e-3)
     # (clip_grad_norm_ divides by the norm plus 1e-6.)
 
 
@@ -88,7 +129,7 @@ def test_the_factor_is_read_afresh_at_every_step(steer, watch):
         steered.backward(step)
         for p in parameters(steered):
             p.grad = None if p.grad is None else p.grad * factor
-        assert gradients.unclip(1.0).item() == pytest.approx(1 / factor, rel=1e-6)
+        assert gradients.read().unclip.item() == pytest.approx(1 / factor, rel=1e-6)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
@@ -99,14 +140,14 @@ def test_a_loss_scale_that_is_off_again_is_not_taken_for_clipping(as_tensor, ste
     for p in parameters(steered):
         p.grad = None if p.grad is None else p.grad / 1024 * 0.25
     scale = torch.tensor(1024.0) if as_tensor else 1024.0
-    assert gradients.unclip(scale).item() == pytest.approx(4, rel=1e-6)
+    assert gradients.read(scale).unclip.item() == pytest.approx(4, rel=1e-6)
 
 
 def test_zero_gradients_need_no_factor(steer, watch):
     steered = steer()
     gradients = watch(steered.sites)
     steered.backward(0, scale=0.0)
-    assert gradients.unclip(1.0) == 1
+    assert gradients.read().unclip == 1
 
 
 def test_gradients_that_no_backward_made_need_no_factor(steer, watch):
@@ -114,7 +155,7 @@ def test_gradients_that_no_backward_made_need_no_factor(steer, watch):
     gradients = watch(steered.sites)
     for p in parameters(steered):
         p.grad = torch.ones_like(p)
-    assert gradients.unclip(1.0) == 1
+    assert gradients.read().unclip == 1
 
 
 def test_parameters_are_watched_again_after_a_resize(steer, watch, change_ranks):
@@ -126,8 +167,9 @@ def test_parameters_are_watched_again_after_a_resize(steer, watch, change_ranks)
     steered.backward(0)
     for p in parameters(steered):
         p.grad = None if p.grad is None else p.grad * 0.5
-    assert gradients.accept()
-    assert gradients.unclip(1.0).item() == pytest.approx(2, rel=1e-6)
+    reading = gradients.read()
+    assert reading.accept
+    assert reading.unclip.item() == pytest.approx(2, rel=1e-6)
 
 
 def test_where_backward_reaches_no_probe_the_next_step_is_read_off_others():
@@ -140,7 +182,7 @@ def test_where_backward_reaches_no_probe_the_next_step_is_read_off_others():
         model.zero_grad(set_to_none=True)
         routed(torch.ones(4)).sum().backward()
         routed.lora_B["default"].weight.grad *= 0.25
-        assert gradients.unclip(1.0).item() == pytest.approx(expected, rel=1e-6)
+        assert gradients.read().unclip.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_step_that_reaches_magnitudes_alone_does_not_end_the_probing():
@@ -156,7 +198,7 @@ def test_a_step_that_reaches_magnitudes_alone_does_not_end_the_probing():
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad *= 0.25
-        assert gradients.unclip(1.0).item() == pytest.approx(expected, rel=1e-6)
+        assert gradients.read().unclip.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_closed_watcher_leaves_no_hook(steer, watch):
@@ -170,7 +212,7 @@ def test_a_closed_watcher_leaves_no_hook(steer, watch):
     gradients.close()
     assert not hooked()
     steered.backward(0)
-    assert gradients.unclip(1.0) == 1
+    assert gradients.read().unclip == 1
     assert not hooked()
 
 
@@ -189,7 +231,7 @@ def test_a_watched_model_can_be_copied_and_pickled(steer, watch):
 def test_a_model_of_dead_lora_sites_has_nothing_to_observe(steer, watch):
     steered = steer(ranks=dict.fromkeys(("embed", "fan", "first", "second", "conv"), 0))
     with pytest.raises(RankFlowError, match="no gradient"):
-        watch(steered.sites).accept()
+        watch(steered.sites).read()
 
 
 def test_a_model_of_dead_dora_sites_is_judged_by_its_magnitudes(steer, watch):
@@ -197,5 +239,6 @@ def test_a_model_of_dead_dora_sites_is_judged_by_its_magnitudes(steer, watch):
     steered = steer(use_dora=True, ranks=ranks)
     gradients = watch(steered.sites)
     steered.backward(0)
-    assert gradients.accept()
-    assert gradients.unclip(1.0) == 1
+    reading = gradients.read()
+    assert reading.accept
+    assert reading.unclip == 1

@@ -69,6 +69,28 @@ def test_observing_changes_no_weight_and_no_gradient(score, steer, watch, use_do
         assert p.grad is None or torch.equal(p.grad, copies[name])
 
 
+def test_following_a_resize_writes_into_nothing_that_was_there(score, steer, watch):
+    """So the engine can undo a resize by references alone."""
+    steered = steer()
+    scorer = score_of(score, steered.sites)
+    train(steered, scorer, watch(steered.sites), range(2))
+    attributes = dict(vars(scorer))
+    state, scores = scorer.state(), scorer.read()
+    copies = {key: tensor.clone() for key, tensor in state.items()}
+    ranks = np.array([site.rank for site in steered.sites])
+    keep = tuple(np.arange(max(rank - 1, 0)) for rank in ranks)
+    plan = RankPlan(keep, np.full(len(ranks), 1))
+    held = [(site, dict(site.named_parameters)) for site in steered.sites]
+    resize(steered.sites, plan, None, orthogonal(torch.Generator().manual_seed(0)))
+    scorer.reindex(steered.sites, torch.from_numpy(plan.sources(ranks)))
+    for site, parameters in held:
+        site.install(**parameters)
+    vars(scorer).update(attributes)
+    assert torch.equal(scorer.read(), scores)
+    for key, tensor in scorer.state().items():
+        assert torch.equal(tensor, copies[key])
+
+
 @pytest.mark.parametrize("score", AVERAGED)
 def test_clipping_makes_no_difference(score, steer, watch):
     plain = steer()
@@ -145,9 +167,9 @@ def test_a_saved_state_goes_on_as_if_there_had_been_no_break(score, steer, watch
     if score != "norm":
         assert torch.equal(second.read(), scorer.read())
     first.backward(3)
-    accept, unclip = gradients.accept(), gradients.unclip(1.0)
+    reading = gradients.read()
     for each in (scorer, second):
-        each.observe(unclip, accept)
+        each.observe(reading.unclip, reading.accept)
     assert torch.equal(second.read(), scorer.read())
     sources = torch.tensor([0, 1, -1, 2, 3, 4, 5, 6, 7, 8, 9])
     grow(first, np.array([0, 1, 0, 0, 0]))
@@ -209,9 +231,9 @@ def test_after_a_resize_every_component_goes_on_with_its_own_history(score, stee
     fresh = score_of(score, steered.sites)
     for step in range(3, 6):
         steered.backward(step)
-        accept, unclip = gradients.accept(), gradients.unclip(1.0)
+        reading = gradients.read()
         for each in (scorer, fresh):
-            each.observe(unclip, accept)
+            each.observe(reading.unclip, reading.accept)
         steered.drift(step)
     newborn = torch.tensor(NEWBORN)
     torch.testing.assert_close(scorer.read()[newborn], fresh.read()[newborn])
@@ -260,8 +282,7 @@ def test_observing_never_waits_for_the_device(score, steer, watch, use_dora):
     for scale in (1.0, torch.ones((), device="meta")):
         steered.model(tokens).square().mean().backward()
         nn.utils.clip_grad_norm_(steered.model.parameters(), 1.0)
-        accept = gradients.accept()
-        unclip = gradients.unclip(scale)
-        scorer.observe(unclip, accept)
-        assert accept.device.type == unclip.device.type == "meta"
+        reading = gradients.read(scale)
+        scorer.observe(reading.unclip, reading.accept)
+        assert reading.accept.device.type == reading.unclip.device.type == "meta"
     assert scorer.read().device.type == "meta"

@@ -252,13 +252,32 @@ def test_the_loss_scale_of_each_step_is_undone(steer):
     torch.testing.assert_close(*directions)
 
 
-def test_gradients_that_are_not_finite_give_no_direction_and_no_energy(adapt):
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_gradient_that_is_seen_by_the_sketch_alone_leaves_no_trace(factor, adapt):
+    """A dead site has no parameter whose gradient would tell that its own is not finite."""
     sites = layer_site(adapt) + layer_site(adapt)
     sketch = sketch_of(sites)
-    for site, factor in zip(sites, (float("inf"), 1.0), strict=True):
+    x, delta, _, _ = decaying(0)
+
+    def step(factors):
+        for site, factor in zip(sites, factors, strict=True):
+            site.layer(x).backward(factor * delta)
+        sketch.observe(YES, 1.0)
+
+    step((1.0, 1.0))
+    before = copy.deepcopy(sketch.state())
+    step((factor, 1.0))
+    assert all(torch.equal(t, before[key]) for key, t in sketch.state().items())
+
+
+def test_sums_that_overflow_give_no_direction_and_no_energy(adapt):
+    sites = layer_site(adapt) + layer_site(adapt)
+    sketch = sketch_of(sites)
+    for site in sites:
         x, delta, _, _ = decaying(0)
-        site.layer(x).backward(factor * delta)
+        site.layer(x).backward(delta)
     sketch.observe(YES, 1.0)
+    sketch.state()["0.Y"][0, 0] = float("inf")
     assert sketch.directions(0, 3).shape == (0, 60)
     assert sketch.directions(1, 3).shape == (3, 60)
     assert sketch.energy()[0] == 0

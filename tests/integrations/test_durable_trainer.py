@@ -2,6 +2,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rankflow.checkpoint import find_checkpoint
-from rankflow.durable import claim, find_damage
+from rankflow.durable import claim, find_damage, seal
 from rankflow.errors import CheckpointError, RankFlowError
 from rankflow.integrations.huggingface import RankFlowCallback, RankFlowTrainer
 from rankflow.specs.budget import BudgetSpec
@@ -23,6 +24,9 @@ STEPS = 12
 BUDGET = BudgetSpec(
     rank=1.5, start=2, schedule="linear", warmup=2, cooldown=3, every=3, recycle=0.3, protect=1
 )
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
 
 
 def make_arguments(folder, **changes):
@@ -57,11 +61,9 @@ def make_parts(folder, **settings):
         peft.LoraConfig(target_modules=["query", "value", "dense"], task_type="SEQ_CLS"),
     )
     tokens = torch.randint(1, 13, (20, 6), generator=torch.Generator().manual_seed(2))
-    return {
-        "model": model,
-        "args": make_arguments(folder, **settings),
-        "train_dataset": [{"input_ids": row, "labels": row[0] % 3} for row in tokens],
-    }
+    rows = [{"input_ids": row, "labels": row[0] % 3} for row in tokens]
+    arguments = make_arguments(folder, **settings)
+    return {"model": model, "args": arguments, "train_dataset": rows, "eval_dataset": rows}
 
 
 def make_trainer(folder, callbacks=(), **settings):
@@ -163,8 +165,8 @@ def test_a_killed_run_resumes_with_the_same_bits_and_logs_the_same_losses(step, 
 
 
 def test_the_mean_loss_is_that_of_the_steps_since_the_resume(tmp_path):
-    make_trainer(tmp_path, save_steps=8).train()
-    trainer = make_trainer(tmp_path / "other", logging_steps=1)
+    make_trainer(tmp_path, save_steps=8, logging_steps=1).train()
+    trainer = make_trainer(tmp_path / "other", save_steps=8, logging_steps=1)
     output = trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     since = [entry["loss"] for entry in losses(trainer) if entry["step"] > 8]
     assert output.training_loss == pytest.approx(sum(since) / 4, rel=1e-5)
@@ -197,6 +199,16 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_another_number_of_processes_is_resumed_with_a_warning(tmp_path, caplog):
+    train_until_killed(make_trainer(tmp_path, [kill_at("step", 5)]))
+    checkpoint = tmp_path / "checkpoint-4"
+    for number in (0, 1):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{number}.pth")
+    seal(checkpoint)
+    make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    assert "was written by a job of 2 processes and this one has 1" in caplog.text
+
+
 def test_a_checkpoint_of_the_model_alone_is_not_resumed(tmp_path):
     make_trainer(tmp_path, save_only_model=True).train()
     with pytest.raises(CheckpointError, match=r"resumed from: optimizer.pt is missing; name ano"):
@@ -208,10 +220,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(tmp_path):
         file = tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"\x01")
 
-    trainer = make_trainer(tmp_path, [At("save", damage)], load_best_model_at_end=True)
-    trainer.state.best_model_checkpoint = None
-    trainer.eval_dataset = trainer.train_dataset
-    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 4
+    trainer = make_trainer(tmp_path, [At("save", damage)], **BEST)
     with pytest.raises(CheckpointError, match=r"cannot be loaded: adapter_model.safetensors is no"):
         trainer.train()
 
@@ -283,7 +292,7 @@ def test_a_plain_trainer_resumes_with_the_same_bits(step, tmp_path):
     whole, callback = make_plain(tmp_path / "whole", logging_steps=1)
     whole.train()
     expected = end_of(whole, callback.flow)
-    first, _ = make_plain(tmp_path / "run", [kill_at("step", step + 1)])
+    first, _ = make_plain(tmp_path / "run", [kill_at("step", step + 1)], logging_steps=1)
     train_until_killed(first)
     trainer, callback = make_plain(tmp_path / "run", logging_steps=1)
     path = callback.resume(trainer)
@@ -349,10 +358,7 @@ def test_tensorboard_forgets_the_events_that_a_resumed_run_repeats(tmp_path):
 
 def test_the_state_of_callbacks_is_saved_once_however_often_it_is_saved(tmp_path):
     callbacks = [transformers.EarlyStoppingCallback(3), transformers.EarlyStoppingCallback(5)]
-    trainer = make_trainer(tmp_path, callbacks, metric_for_best_model="loss")
-    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 4
-    trainer.args.load_best_model_at_end = True
-    trainer.eval_dataset = trainer.train_dataset
+    trainer = make_trainer(tmp_path, callbacks, **BEST)
     trainer.train()
     saved = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
     states = saved["stateful_callbacks"]["EarlyStoppingCallback"]

@@ -150,9 +150,9 @@ def calls(desk, copy, traced):
 @pytest.mark.fault("crash at each file-system call of one save")
 @pytest.mark.parametrize("what", ["the process dies", "the machine loses power"])
 def test_a_save_that_crashes_at_any_call_leaves_the_older_checkpoint_or_the_new(
-    what, desk, copy, calls, traced, count_injections, request
+    what, desk, copy, calls, traced, count_injections, is_full
 ):
-    every = 1 if request.config.getoption("full", False) else 12
+    every = 1 if is_full else 12
     chosen = calls[::-every]
     count_injections(len(chosen))
     kept = set()

@@ -68,7 +68,6 @@ def outcome(trainer):
         "groups": optimizer["param_groups"],
         "events": [replace(event, seconds=0.0) for event in flow.history],
         "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "generator": torch.get_rng_state(),
     }
 
 
@@ -86,16 +85,13 @@ def whole(request, desk, tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.fault("resume at every step x accumulation x dropout x bf16", quick=3, full=STEPS)
-def test_a_resumed_run_ends_with_the_same_bits(injection, whole, desk, tmp_path, request):
+def test_a_resumed_run_ends_with_the_same_bits(injection, whole, desk, tmp_path, is_full):
     way, folder, ended = whole
-    steps = range(1, STEPS + 1) if request.config.getoption("full", False) else (2, 7, STEPS)
+    steps = range(1, STEPS + 1) if is_full else (2, 7, STEPS)
     trainer = make_trainer(desk, tmp_path, way)
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{steps[injection]}"))
     resumed = outcome(trainer)
     tensors, expected = resumed.pop("tensors"), ended["tensors"]
     assert tensors.keys() == expected.keys()
     assert [key for key, value in expected.items() if not torch.equal(tensors[key], value)] == []
-    generator = resumed.pop("generator")
-    assert torch.equal(generator, ended["generator"])
-    others = {key: value for key, value in ended.items() if key not in ("tensors", "generator")}
-    assert resumed == others
+    assert resumed == {key: value for key, value in ended.items() if key != "tensors"}

@@ -40,7 +40,6 @@ def write_log(path: Path, events: list[RankEvent]) -> None:
     log = EventLog(path)
     for event in events:
         log(event)
-    log.close()
 
 
 @pytest.fixture
@@ -66,11 +65,10 @@ def test_a_log_returns_the_events_in_order(tmp_path, events):
     assert read_events(tmp_path / "run" / "events.jsonl") == events
 
 
-def test_an_event_is_in_the_file_while_the_log_is_still_open(tmp_path, event):
+def test_an_event_is_in_the_file_at_once(tmp_path, event):
     log = EventLog(tmp_path / "events.jsonl")
     log(event)
     assert read_events(tmp_path / "events.jsonl") == [event]
-    log.close()
 
 
 def test_opening_a_log_again_goes_on_behind_its_last_event(tmp_path, events):
@@ -84,7 +82,6 @@ def test_a_resumed_log_is_cut_back_to_the_events_to_keep(tmp_path, events, event
     write_log(tmp_path / "events.jsonl", events)
     log = EventLog(tmp_path / "events.jsonl", keep=keep)
     log(event)
-    log.close()
     assert read_events(tmp_path / "events.jsonl") == [*events[:keep], event]
 
 
@@ -149,3 +146,13 @@ def test_a_line_without_magnitudes_is_read_as_an_event_whose_budget_did_not_cove
     del fields["magnitudes"]
     assert decode_event(json.dumps(fields).encode()) == event
     assert event.magnitudes == {}
+
+
+def test_what_a_failed_write_left_goes_with_the_next_event(tmp_path, events):
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    log(events[0])
+    with path.open("ab") as file:
+        file.write(b'{"schema":1,"ind')  # the disk was full
+    log(events[1])
+    assert read_events(path) == events[:2]

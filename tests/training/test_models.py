@@ -5,11 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, BertConfig, BertForTokenClassification, RobertaConfig
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForTokenClassification,
+    MambaConfig,
+    RobertaConfig,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from rankflow.errors import RankFlowError, SpecError
 from rankflow.specs.run import ModelSpec
+from rankflow.training import models
 from rankflow.training.adapter import add_adapter
 from rankflow.training.locating import locate
 from rankflow.training.models import build_meta_model, check_length, load_base_model
@@ -200,3 +207,21 @@ def test_targets_that_no_module_has_are_refused(bert_folder):
     spec = classifier(bert_folder)
     with pytest.raises(SpecError, match=r"= \['nowhere'\], .* called .*dense, key, query"):
         add_adapter(load_base_model(spec, LABELS), spec, {"target_modules": ["nowhere"]})
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "bart"])
+def test_dropout_is_set_wherever_a_model_has_it(model, request):
+    folder = request.getfixturevalue(f"{model}_folder")
+    task = {"bert": "sequence-classification", "llama": "causal-lm", "bart": "seq2seq-lm"}[model]
+    labels = LABELS if model == "bert" else ()
+    for dropout in (0.0, 0.25):
+        spec = ModelSpec(name=folder, task=task, dropout=dropout)
+        model = load_base_model(spec, labels).model.train()
+        layers = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+        assert layers | {model.config.to_dict().get("attention_dropout", dropout)} == {dropout}
+
+
+def test_dropout_is_refused_where_there_is_none():
+    spec = ModelSpec(name="bert", task="sequence-classification", dropout=0.1)
+    with pytest.raises(SpecError, match=r"a mamba has no dropout; leave it out"):
+        models._set_dropout(MambaConfig(), spec)

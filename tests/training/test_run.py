@@ -14,7 +14,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rankflow.errors import BudgetError, SpecError
+from rankflow.errors import BudgetError, DivergenceError, SpecError
 from rankflow.export.folder import export_folder
 from rankflow.report.events import read_events
 from rankflow.specs.run import load_run
@@ -95,6 +95,16 @@ def rows_for(task, sentiment_rows):
             for row in sentiment_rows
         ]
     return [row | {"target": row["text"]} for row in sentiment_rows]
+
+
+def test_a_run_that_diverges_stops_with_the_cause_and_exports_no_adapter(
+    run, sentiment_rows, bert_folder, tmp_path
+):
+    overrides = ["train.learning_rate=1e36", "train.max_steps=40"]
+    with pytest.raises(DivergenceError, match="not finite"):
+        run(bert_folder, "sequence-classification", sentiment_rows, overrides=overrides)
+    assert not (tmp_path / "out" / "adapter").exists()
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("case", CASES)

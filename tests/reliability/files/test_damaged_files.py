@@ -105,6 +105,7 @@ HEADERS = {
 }
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_damaged_header_is_refused_by_whatever_reads_an_adapter(
     case, copies, readers, edit_header, mark
@@ -116,6 +117,7 @@ def test_a_damaged_header_is_refused_by_whatever_reads_an_adapter(
             read(copies / "adapter", copies / "base")
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_damaged_header_of_a_checkpoint_is_refused(case, copies, edit_header):
     change, _ = HEADERS[case]
@@ -165,6 +167,7 @@ FILES = {
 }
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("case", FILES)
 def test_a_damaged_file_of_tensors_is_refused_by_whatever_reads_an_adapter(
     case, copies, readers, payload
@@ -176,6 +179,7 @@ def test_a_damaged_file_of_tensors_is_refused_by_whatever_reads_an_adapter(
             read(copies / "adapter", copies / "base")
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("case", FILES)
 def test_a_damaged_state_of_a_checkpoint_is_refused(case, copies, payload):
     FILES[case][0](copies / "checkpoint" / STATE_FILE, payload)
@@ -183,6 +187,7 @@ def test_a_damaged_state_of_a_checkpoint_is_refused(case, copies, payload):
         load_state(copies / "checkpoint")
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("name", ["inspect", "export", "compress", "analyze", "load"])
 def test_a_pickle_beside_the_configuration_is_never_loaded(name, copies, readers, payload):
     (copies / "adapter" / "adapter_model.safetensors").unlink()
@@ -205,6 +210,7 @@ def test_numbers_that_are_not_finite_are_found_in_every_type(kind, value, tmp_pa
         check_finite(read_header(tmp_path / "bad"))
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("name", ["export", "export merged", "compress", "analyze", "load"])
 def test_an_adapter_that_is_not_finite_is_refused_where_its_tensors_are_read(name, copies, readers):
     path = copies / "adapter" / "adapter_model.safetensors"
@@ -247,6 +253,7 @@ SHAPES = {
 B = KEY.replace("lora_A", "lora_B")
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("case", SHAPES)
 def test_an_adapter_that_does_not_fit_is_refused_with_both_shapes(case, copies, readers):
     change, message = SHAPES[case]
@@ -279,6 +286,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_hostile_configuration_is_refused_by_whatever_reads_an_adapter(
     case, copies, readers, mark
@@ -307,6 +315,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("case", TEXTS)
 def test_a_configuration_that_is_no_strict_json_is_refused(case, copies, readers):
     change, message = TEXTS[case]
@@ -328,6 +337,7 @@ def test_what_auto_classes_would_import_is_imported_by_nothing_here(copies, read
         read(copies / "adapter", copies / "base")
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 def test_a_key_that_peft_would_drop_without_effect_is_refused(copies, readers, mark):
     path = copies / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_target_": "planted.run"}))
@@ -335,6 +345,7 @@ def test_a_key_that_peft_would_drop_without_effect_is_refused(copies, readers, m
         readers["load"](copies / "adapter", copies / "base")
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../x", "", ".", "a\0b"])
 def test_a_name_that_leads_out_of_a_folder_is_refused(name, tmp_path):
     with pytest.raises(FileError, match=r"leads out of the folder|is no path"):
@@ -391,6 +402,7 @@ MODELS = {
 }
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("case", MODELS)
 def test_a_damaged_base_model_is_refused(case, copies, readers, payload):
     damage, message = MODELS[case]
@@ -400,6 +412,7 @@ def test_a_damaged_base_model_is_refused(case, copies, readers, payload):
             readers[name](copies / "adapter", copies / "base")
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize(
     ("file", "text"),
     [
@@ -451,6 +464,7 @@ STATES = {
 }
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize("case", STATES)
 def test_a_state_whose_values_make_no_sense_is_refused(case, copies, edit_header):
     change, message = STATES[case]
@@ -475,6 +489,7 @@ EVENT = {
 }
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -573,6 +588,7 @@ def test_a_chat_template_does_not_leave_its_sandbox(template, mark):
         Conversation(tokenizer, messages)
 
 
+@pytest.mark.fault("damaged checkpoint or adapter")
 def test_an_optimizer_that_is_a_hostile_pickle_is_never_run_on_resuming(tmp_path, payload, llama):
     def make(folder):
         model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from rankflow.checkpoint import STATE_FILE, load_state
+from rankflow.durable import find_damage, seal
 from rankflow.errors import RankFlowError
 from rankflow.tensor_files import read_header
 
@@ -197,46 +196,46 @@ def run_state(originals, seed):
         assert np.isfinite(state["demand"]).all()
 
 
-SEEDS = st.integers(0, 2**32)
-DETERMINISTIC = {
-    "deadline": None,
-    "derandomize": True,
-    "database": None,
-    "suppress_health_check": [HealthCheck.function_scoped_fixture],
-}
 LIGHT = ("inspect", "export", "compress")
-ALL = (*LIGHT, "export merged", "analyze", "load")
+FAULT = "damaged checkpoint or adapter"
 
 
-@settings(max_examples=100, **DETERMINISTIC)
-@given(seed=SEEDS)
-def test_a_mutated_adapter_is_refused_or_copied_as_it_is(seed, originals, readers, mark):
-    run_adapter(originals, readers, seed, mark, LIGHT)
-
-
-@settings(max_examples=20, **DETERMINISTIC)
-@given(seed=SEEDS)
-def test_a_mutated_adapter_is_refused_or_loaded_as_it_is(seed, originals, readers, mark):
-    run_adapter(originals, readers, seed, mark, ("load", "analyze"))
-
-
-@settings(max_examples=100, **DETERMINISTIC)
-@given(seed=SEEDS)
-def test_a_mutated_state_is_refused_or_loaded_as_it_is(seed, originals):
-    run_state(originals, seed)
-
-
-@pytest.mark.slow
-@settings(max_examples=1000, **DETERMINISTIC)
-@given(seed=SEEDS)
-def test_of_a_thousand_mutated_adapters_each_is_refused_or_read_as_it_is(
-    seed, originals, readers, mark
+@pytest.mark.fault(FAULT)
+def test_a_mutated_adapter_is_refused_or_read_as_it_is(
+    originals, readers, mark, is_full, count_injections
 ):
-    run_adapter(originals, readers, seed, mark, ALL)
+    seeds = range(1000 if is_full else 100)
+    count_injections(len(seeds))
+    for seed in seeds:
+        heavy = is_full or seed % 5 == 0  # the other readers load the base model too
+        run_adapter(originals, readers, seed, mark, tuple(readers) if heavy else LIGHT)
 
 
-@pytest.mark.slow
-@settings(max_examples=1000, **DETERMINISTIC)
-@given(seed=SEEDS)
-def test_of_a_thousand_mutated_states_each_is_refused_or_loaded_as_it_is(seed, originals):
-    run_state(originals, seed)
+@pytest.mark.fault(FAULT)
+def test_a_mutated_state_is_refused_or_loaded_as_it_is(originals, is_full, count_injections):
+    seeds = range(1000 if is_full else 100)
+    count_injections(len(seeds))
+    for seed in seeds:
+        run_state(originals, seed)
+
+
+@pytest.mark.fault(FAULT)
+def test_a_mutated_file_of_a_sealed_checkpoint_is_always_noticed(
+    originals, tmp_path, is_full, count_injections
+):
+    seeds = range(1000 if is_full else 100)
+    count_injections(len(seeds))
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(originals / "adapter", folder)
+    shutil.copy(originals / "checkpoint" / STATE_FILE, folder)
+    seal(folder)
+    files = sorted(path for path in folder.iterdir())
+    assert find_damage(folder) is None
+    for seed in seeds:
+        path = random.Random(seed).choice(files)
+        whole = path.read_bytes()
+        mutated = mutate(whole, seed)
+        path.write_bytes(mutated)
+        assert find_damage(folder) is not None or mutated == whole, (path, seed)
+        path.write_bytes(whole)
+    assert find_damage(folder) is None

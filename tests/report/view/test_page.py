@@ -45,7 +45,6 @@ def write_run(folder, events):
     log = EventLog(folder / "events.jsonl")
     for event in events:
         log(event)
-    log.close()
     return folder
 
 

@@ -1,0 +1,45 @@
+"""One number for each site that tells adapters apart which differ in a single bit."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rankflow.adapters.sites import Site
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def fingerprints(sites: Sequence[Site], optimizer: Optimizer | None) -> list[int]:
+    """Return a number for ranks, parameters and optimizer state of each site.
+
+    It is a sum of the tensors' bits, each weighted by its place, modulo 2^64: whole numbers, so
+    that every device finds the same. They are computed on the device, and copied once.
+
+    Args:
+        sites: The sites.
+        optimizer: The optimizer that trains them, or None.
+    """
+    home = sites[0].A.device
+    sums = []
+    for site in sites:
+        parts = [_sum(t).to(home, non_blocking=True) for t in _tensors(site, optimizer)]
+        sums.append(_sum(torch.stack(parts)))
+    found: list[int] = torch.stack(sums).tolist()
+    return found
+
+
+def _tensors(site: Site, optimizer: Optimizer | None) -> Iterator[Tensor]:
+    yield torch.tensor(site.rank, device=site.A.device)
+    for parameter in site.named_parameters.values():
+        yield parameter
+        state = {} if optimizer is None else optimizer.state.get(parameter, {})
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()]).long()
+    places = torch.arange(1, len(bits) + 1, device=bits.device)
+    return (bits * (places * 0x9E3779B97F4A7C1)).sum() + 31 * len(bits)

@@ -1,0 +1,113 @@
+"""Keep the reducer of DistributedDataParallel true to parameters that were replaced.
+
+The reducer holds on to the parameters that it was built with, and would go on averaging those:
+the processes would drift apart without a word. So it is built anew, as when the wrapper is
+unpickled, at the first forward after a resize. That forward runs within the wrapper, which is found
+there, whoever made it and when. A new wrapper would not do: a Trainer's loop keeps the old one.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from rankflow import processes
+from rankflow.errors import RankFlowError
+
+
+def refuse_other_engines(model: nn.Module) -> None:
+    """Refuse a model whose parameters are held by what forbids new shapes.
+
+    Raises:
+        RankFlowError: It is sharded, or split over devices.
+    """
+    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if sharded is not None or wrapped:
+        raise RankFlowError(
+            f"the parameters of this model are sharded{f' ({sharded})' if sharded else ''}, by "
+            "FSDP or tensor parallelism, and ranks cannot change there; use "
+            "DistributedDataParallel"
+        )
+
+
+class Reducer:
+    """Rebuilds the reducer around a model, in a job of several processes.
+
+    Args:
+        model: The model that a wrapper calls.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._is_stale = True
+        self._handle: RemovableHandle | None = None
+        if processes.are_several():
+            self._handle = model.register_forward_pre_hook(self._before_forward)
+
+    def invalidate(self) -> None:
+        """Have it rebuilt before it is used again: parameters were resized or replaced."""
+        self._is_stale = True
+
+    def close(self) -> None:
+        """Leave the wrapper alone."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _before_forward(self, model: nn.Module, inputs: Any) -> None:
+        wrapper = DistributedDataParallel._get_active_ddp_module()
+        if self._is_stale and wrapper is not None:
+            rebuild(wrapper)
+            self._is_stale = False
+
+
+def rebuild(wrapper: DistributedDataParallel) -> None:
+    """Build the reducer anew around the parameters that the model has now.
+
+    Args:
+        wrapper: The wrapper, within its forward and outside of backward.
+
+    Raises:
+        RankFlowError: The wrapper has an option whose state would not follow.
+    """
+    _check_options(wrapper)
+    # Of a site without components empty tensors are left, which no loss depends on.
+    empty = {name for name, p in wrapper.module.named_parameters() if p.numel() == 0}
+    wrapper.parameters_to_ignore = _ignored_by_caller(wrapper) | empty
+    # The old one keeps the parameters' places in the graph, and with them their old shapes.
+    del wrapper.reducer, wrapper.logger
+    parameters, sparse = wrapper._build_params_for_reducer()
+    names = wrapper._build_debug_param_to_name_mapping(parameters)
+    wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+    if wrapper.static_graph:
+        wrapper.reducer._set_static_graph()
+        assert wrapper.logger is not None  # it was made with the reducer
+        wrapper.logger._set_static_graph()
+        wrapper._static_graph_delay_allreduce_enqueued = False
+    for hook, state in wrapper._comm_hooks:
+        dist._register_comm_hook(wrapper.reducer, state, hook)  # type: ignore[attr-defined]
+    wrapper._has_rebuilt_buckets = False
+    wrapper.reducer.prepare_for_forward()
+
+
+def _ignored_by_caller(wrapper: DistributedDataParallel) -> set[str]:
+    return set(vars(wrapper.module).get("_ddp_params_and_buffers_to_ignore", ()))
+
+
+def _check_options(wrapper: DistributedDataParallel) -> None:
+    for is_used, option in (
+        (wrapper.mixed_precision is not None, "mixed_precision"),
+        (wrapper._delay_all_reduce_params, "delay_all_reduce_named_params"),
+        (wrapper._use_python_reducer, "a compiled reducer"),
+        (any(isinstance(s, PowerSGDState) for _, s in wrapper._comm_hooks), "PowerSGD"),
+    ):
+        if is_used:
+            raise RankFlowError(
+                f"DistributedDataParallel with {option} cannot follow ranks that change: its state "
+                "belongs to the old shapes; leave the option out"
+            )
