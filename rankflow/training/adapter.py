@@ -1,7 +1,6 @@
 """Put the stock PEFT adapter of a run on its base model."""
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,22 +39,25 @@ def add_adapter(base: BaseModel, spec: ModelSpec | None, adapter: Mapping[str, A
     }
     name = f"'{spec.name}'" if spec is not None else type(base.model).__name__
     try:
-        with warnings.catch_warnings():
-            # An error says so below.
-            warnings.filterwarnings("ignore", message="The following .* keys did not match any")
-            model = get_peft_model(base.model, config)
+        return get_peft_model(base.model, config)
     except (TypeError, ValueError, IndexError, ImportError, re.error) as error:
         raise SpecError(
             f"[adapter]: PEFT refuses it: {brief(error)}; target_modules = "
             f"{adapter.get('target_modules')!r}, and the linear modules of {name} are called "
             f"{', '.join(sorted(linear))}"
         ) from error
-    _check_names(model, adapter)
-    return model
 
 
-def _check_names(model: PeftModel, adapter: Mapping[str, Any]) -> None:
-    """Refuse names and patterns of which PEFT finds no module, which it keeps to itself."""
+def check_names(model: PeftModel, adapter: Mapping[str, Any]) -> None:
+    """Refuse names and patterns of which PEFT finds no module, while it finds some of others.
+
+    Args:
+        model: The model with the adapter on it.
+        adapter: The run's ``[adapter]``.
+
+    Raises:
+        SpecError: There is one.
+    """
     sites = model.base_model.targeted_module_names
     modules = [name for name, _ in model.base_model.model.named_modules()]
     places = {"target_modules": sites, "rank_pattern": sites, "alpha_pattern": sites}

@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from rankflow.specs.run import ModelSpec, RunSpec
-from rankflow.training.adapter import add_adapter
+from rankflow.training.adapter import add_adapter, check_names
 from rankflow.training.arguments import make_arguments
 from rankflow.training.baseline import Baseline, fit_baseline
 from rankflow.training.data import TaskData, load_data
@@ -80,6 +80,7 @@ def _check_budget(spec: RunSpec, data: TaskData, splits: DatasetDict) -> None:
     with torch.random.fork_rng(devices=[]):  # what the adapter draws here is not trained
         base = build_meta_model(spec.model, data.labels)
         model = add_adapter(base, spec.model, spec.adapter)
+    check_names(model, spec.adapter)
     resolve_run_budget(spec.budget, model, splits["train"], make_arguments(spec))
 
 

@@ -18,7 +18,7 @@ from rankflow.allocation.pools import with_pools
 from rankflow.memory import peak_bytes, tally_bytes
 from rankflow.quiet import quiet_libraries
 from rankflow.specs.run import RunSpec
-from rankflow.training.adapter import add_adapter
+from rankflow.training.adapter import add_adapter, check_names
 from rankflow.training.arguments import make_arguments
 from rankflow.training.data import load_data
 from rankflow.training.fake import NeedsNumbersError, fake_tensors
@@ -56,6 +56,7 @@ def make_plan(spec: RunSpec, *, measure: bool = False) -> RunPlan:
         data.splits, base.tokenizer, spec.model.task, spec.data.max_length, spec.data.loss_on
     )
     model = add_adapter(base, spec.model, spec.adapter)
+    check_names(model, spec.adapter)
     args = make_arguments(spec)
     budget = resolve_run_budget(spec.budget, model, splits["train"], args)
     collate = make_collator(base.tokenizer, spec.model.task)

@@ -137,6 +137,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
 @pytest.mark.fault("bad spec, data or budget", quick=len(MISTAKES), full=len(MISTAKES))
 def test_a_bad_spec_is_refused_with_its_key_and_the_fix(injection, refuse):
     settings, key, fix = MISTAKES[injection]
