@@ -59,7 +59,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with claim(path):
-        sweep(path.parent, glob.escape(path.name))
+        _sweep_folders(path.parent, glob.escape(path.name))
         temporary = temporary_folder(path)
         temporary.mkdir()
         try:
@@ -126,12 +126,18 @@ def claim(path: Path) -> Iterator[None]:
 
 
 def sweep(parent: Path, names: str) -> None:
-    """Remove what crashed writings of folders left behind; nobody else may be writing them now.
+    """Remove what crashed writings of folders left behind; nobody may be writing them now.
 
     Args:
         parent: Where the folders are.
         names: What they were to be called, as a pattern of ``Path.glob``.
     """
+    _sweep_folders(parent, names)
+    for lock in parent.glob(f".{names}.lock"):
+        lock.unlink(missing_ok=True)
+
+
+def _sweep_folders(parent: Path, names: str) -> None:
     for leftover in parent.glob(f".{names}{_MARK}*"):
         path = parent / leftover.name[1:].partition(_MARK)[0]
         if leftover.name.endswith(_MARK_OLD) and not path.exists():

@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # pytest-xdist: one thread for each of its processes
+        torch.set_num_threads(1)
     # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
     config.addinivalue_line(
         "filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
