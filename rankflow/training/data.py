@@ -14,7 +14,7 @@ seq2seq-lm               ``text`` and ``target``
 =======================  ================================================================
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,14 +153,19 @@ def _check_lengths(split: Split, columns: Mapping[str, str]) -> None:
 
 def _check_remainder(source: Split, train: Dataset, spec: DataSpec) -> None:
     """Refuse to train on what cannot be learned from, after some rows were held out or left out."""
-    classes = {str(label) for label in train["label"]} if "label" in train.column_names else None
-    if len(train) < 2 or (classes is not None and len(classes) < 2):
+    labels = train["label"] if "label" in train.column_names else None
+    if len(train) < 2 or (labels is not None and not _differ(labels)):
         raise RankFlowError(
             f"{source.origin}: of {len(source.rows)} rows {len(train)} are left to train on, and "
-            f"at least two are needed{' that differ in their class' if classes else ''}; add rows, "
+            f"at least two are needed{' that differ in their class' if labels else ''}; add rows, "
             f"or change [data] validation_fraction = {spec.validation_fraction} or max_train_rows "
             f"= {spec.max_train_rows}"
         )
+
+
+def _differ(labels: Iterable[int | list[int]]) -> bool:
+    """Whether there are two classes among the labels, of texts or of words."""
+    return len({c for label in labels for c in (label if isinstance(label, list) else [label])}) > 1
 
 
 def _with_validation(rows: dict[str, Dataset], spec: DataSpec) -> dict[str, Dataset]:

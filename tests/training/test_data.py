@@ -187,6 +187,12 @@ def test_token_labels_are_encoded_word_by_word(write_rows):
     assert data.splits["train"]["label"][:] == [[1, 0], [1]]
 
 
+def test_rows_of_words_may_all_have_the_same_labels_if_these_differ_in_themselves(write_rows):
+    rows = [{"text": ["a", "b"], "label": ["x", "y"]}] * 4
+    data = load_data(files(train=write_rows("words.jsonl", rows)), "token-classification")
+    assert data.splits["train"][0]["label"] == [0, 1]
+
+
 def test_words_and_labels_of_different_number_are_refused_with_the_row(write_rows):
     rows = [{"text": ["a"], "label": ["O"]}, {"text": ["a", "film"], "label": ["O"]}]
     path = write_rows("t.jsonl", rows)
