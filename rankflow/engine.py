@@ -127,8 +127,8 @@ class RankFlow:
         self.history: list[RankEvent] = []
         self.sinks = list(sinks)
         self._optimizer: Optimizer | None = None
-        refuse_other_engines(model)
         self._sites = find_sites(model, adapter_name)
+        refuse_other_engines(model)
         check_trainable(model, adapter_name, self._sites)
         warn_of_stacked_weights(model)
         with undone_on_error("attaching RankFlow to the model", self._sites, model=model):
