@@ -112,6 +112,8 @@ def claim(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
+        if not file.exists():  # it could not be made
+            raise PermissionError(errno.EACCES, "Permission denied", str(path.parent)) from error
         raise RankFlowError(
             f"{path} is being written by another process, which holds {file}; wait until it has "
             "ended, or name another folder"

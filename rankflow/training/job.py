@@ -7,11 +7,10 @@ import torch
 from datasets import DatasetDict
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from rankflow.specs.run import ModelSpec, RunSpec
 from rankflow.training.adapter import add_adapter, check_names
-from rankflow.training.arguments import make_arguments
 from rankflow.training.baseline import Baseline, fit_baseline
 from rankflow.training.data import TaskData, load_data
 from rankflow.training.head import start_head
@@ -43,8 +42,13 @@ class Job:
     baseline: dict[str, float]
 
 
-def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
+def prepare(spec: RunSpec, args: TrainingArguments, console: Console) -> Job:
     """Load data and model, fit the baseline, and put the adapter on.
+
+    Args:
+        spec: The run.
+        args: Its training arguments.
+        console: Where to draw.
 
     Raises:
         SpecError: The spec names something that does not exist or does not fit.
@@ -62,8 +66,8 @@ def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
     for line in _describe_tokens(spec, data, splits):
         console.print(f"tokens      {line}", highlight=False, soft_wrap=True)
     collate = make_collator(base.tokenizer, spec.model.task)
-    base.model.to(device)
-    _check_budget(spec, data, splits)
+    base.model.to(args.device)
+    _check_budget(spec, args, data, splits)
     baseline: dict[str, float] = {}
     if data.labels:
         with console.status("fitting a head on the frozen encoder"):
@@ -75,13 +79,15 @@ def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
     return Job(data, splits, model, base.tokenizer, collate, baseline)
 
 
-def _check_budget(spec: RunSpec, data: TaskData, splits: DatasetDict) -> None:
+def _check_budget(
+    spec: RunSpec, args: TrainingArguments, data: TaskData, splits: DatasetDict
+) -> None:
     """Refuse an adapter or a budget that does not fit, before anything is fitted or written."""
     with torch.random.fork_rng(devices=[]):  # what the adapter draws here is not trained
         base = build_meta_model(spec.model, data.labels)
         model = add_adapter(base, spec.model, spec.adapter)
     check_names(model, spec.adapter)
-    resolve_run_budget(spec.budget, model, splits["train"], make_arguments(spec))
+    resolve_run_budget(spec.budget, model, splits["train"], args)
 
 
 def load_model(spec: RunSpec, data: TaskData) -> tuple[BaseModel, DatasetDict]:
