@@ -139,15 +139,6 @@ def sweep(parent: Path, names: str) -> None:
         lock.unlink(missing_ok=True)
 
 
-def _sweep_folders(parent: Path, names: str) -> None:
-    for leftover in parent.glob(f".{names}{_MARK}*"):
-        path = parent / leftover.name[1:].partition(_MARK)[0]
-        if leftover.name.endswith(_MARK_OLD) and not path.exists():
-            leftover.rename(path)  # the crash fell between two renames
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 def seal(folder: Path) -> None:
     """Flush all files of a folder to disk, and write their sums beside them.
 
@@ -202,6 +193,15 @@ def is_failed_write(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in _FULL
     return any(sign in str(error) for sign in _FAILED_WRITES)
+
+
+def _sweep_folders(parent: Path, names: str) -> None:
+    for leftover in parent.glob(f".{names}{_MARK}*"):
+        path = parent / leftover.name[1:].partition(_MARK)[0]
+        if leftover.name.endswith(_MARK_OLD) and not path.exists():
+            leftover.rename(path)  # the crash fell between two renames
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:
