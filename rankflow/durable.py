@@ -173,12 +173,11 @@ def find_damage(folder: Path, only: str | None = None) -> str | None:
         return f"its {SUMS_FILE} cannot be read ({error})"
     for line in lines:
         expected, separator, name = line.partition("  ")
-        file = folder / name
-        is_inside = file.resolve().is_relative_to(folder.resolve())
-        if len(expected) != 64 or not separator or not is_inside:
+        if len(expected) != 64 or not separator or not _is_inside(folder, name):
             return f"its {SUMS_FILE} is damaged: {line[:80]!r}"
         if only not in (None, name):
             continue
+        file = folder / name
         try:
             found = _sum(file)
         except OSError as error:
@@ -202,6 +201,13 @@ def _sweep_folders(parent: Path, names: str) -> None:
             leftover.rename(path)  # the crash fell between two renames
         else:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # a name that is none
+        return False
 
 
 def _files(folder: Path) -> list[Path]:

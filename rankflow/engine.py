@@ -502,7 +502,7 @@ class RankFlow:
             event = describe(table, plan, len(self.history), self._steps, self._limit, seconds)
             assert event.spent == self.spent <= self._limit, "surgery and plan disagree on the cost"
             self.history.append(event)
-        return event
+            return event
 
     def _measure(self) -> FloatArray:
         check_trainable(self.model, self.adapter_name, self._sites)  # another may be active now

@@ -290,6 +290,7 @@ def test_a_folder_that_was_never_sealed_is_told(tmp_path):
         (b"0123  weights\n", "is damaged: '0123  weights'"),
         (b"a" * 64 + b" weights\n", "is damaged"),
         (b"a" * 64 + b"  ../outside\n", "is damaged"),
+        (b"a" * 64 + b"  out\0side\n", "is damaged"),
         (b"a" * 64 + b"  /etc/hostname\n", "is damaged"),
         (b"\xff\xfe", "cannot be read"),
     ],

@@ -133,7 +133,8 @@ def copy(desk, tmp_path):
 def calls(desk, copy, traced):
     """Every call of one save that nothing happens to."""
     whole(desk)  # what a save imports is imported from now on
-    found = traced(lambda: desk.save(copy("calm")))
+    folder = copy("calm")
+    found = traced(lambda: desk.save(folder))
     assert found.code == SAVED
     numbers: Counter[str] = Counter()
     calls = []
