@@ -24,9 +24,29 @@ def are_several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def count() -> int:
+    """Processes of the job."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def is_first() -> bool:
     """Whether this process is the one that decides, writes and speaks."""
     return not are_several() or dist.get_rank() == 0
+
+
+def add_up(tensor: Tensor, what: str) -> None:
+    """Replace a tensor by its sum over all processes, in place.
+
+    Args:
+        tensor: A tensor of floats, of equal shape in all processes.
+        what: What is being done, as the subject of a sentence.
+
+    Raises:
+        RankFlowError: A process did not take part.
+    """
+    if are_several():
+        with _together(what):
+            dist.all_reduce(tensor)
 
 
 def average(tensors: Sequence[Tensor], what: str) -> None:
