@@ -88,11 +88,9 @@ class Masked:
     def scorers(self) -> dict[str, Scorer]:
         """Make the scorers that the budget asks for, each in the table's order."""
         made = make_scorers(self._budget, self._sites)["components"]
-        return {
-            "components": SlotScores(made, self._sites)
-            if self._budget.score in LOCAL_SCORES
-            else made
-        }
+        if self._budget.score in LOCAL_SCORES:
+            made = SlotScores(made, self._sites)
+        return {"components": made}
 
     def begin(
         self,

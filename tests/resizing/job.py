@@ -44,7 +44,7 @@ class Net(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        return self.head(x).clone()  # FSDP2 warns of views
 
 
 def make_model(*, shard=False, targets=("q", "v", "o", "embed"), seed=0, **config):
@@ -95,9 +95,7 @@ def train(model, budget, loop, *, after_step=None, flow=None):
     )
     losses = []
     for tokens, labels in batches(loop.steps):
-        parts = list(
-            zip(tokens.chunk(loop.accumulate), labels.chunk(loop.accumulate), strict=True)
-        )
+        parts = list(zip(tokens.chunk(loop.accumulate), labels.chunk(loop.accumulate), strict=True))
         total = torch.zeros(())
         for i, (x, y) in enumerate(parts):
             if world > 1:
