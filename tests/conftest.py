@@ -1,12 +1,20 @@
 """Tiny models of every kind that RankFlow steers, random but seeded."""
 
+import os
+import pickle
+import signal
+import time
+import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # pytest-xdist: one thread for each of its processes
+        torch.set_num_threads(1)
     # PEFT 0.21 asks transformers 5.23 for an attribute under its old name.
     config.addinivalue_line(
         "filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -274,3 +284,100 @@ def transformer(request):
 @pytest.fixture
 def llama():
     return _llama
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process of a job came to its end.
+
+    Attributes:
+        value: What its work returned.
+        error: What it raised instead, or None.
+        told: The traceback of that.
+        seconds: When it ended, after the start of the job.
+    """
+
+    value: object = None
+    error: BaseException | None = None
+    told: str = ""
+    seconds: float = 0.0
+
+
+def _take_part(number, count, work, folder, patience):
+    """Be one process of a job, and leave a record of the end."""
+    torch.set_num_threads(1)  # the threads of the process that forked this one are not here
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    began = time.monotonic()
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder / 'store'}",
+            rank=number,
+            world_size=count,
+            timeout=timedelta(seconds=patience),
+        )
+        ended = Ended(work(number), seconds=time.monotonic() - began)
+    except BaseException as error:
+        told = traceback.format_exc()
+        error.__cause__ = error.__context__ = None  # these may hold what cannot be pickled
+        ended = Ended(None, error, told, time.monotonic() - began)
+    (folder / f"{number}.pickle").write_bytes(pickle.dumps(ended))
+    if ended.error is None:  # whoever left now would cut off what the others still read
+        with suppress(RuntimeError):
+            dist.barrier()
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """Run ``work(number)`` in several processes of a job, and return how each of them ended.
+
+    ``killed`` is in the place of one that was. Whoever hangs much longer than ``patience``, the
+    timeout of the job in seconds, fails the test.
+    """
+    jobs = iter(range(1000))
+
+    def run(count, work, *, patience=60.0):
+        folder = tmp_path / f"job-{next(jobs)}"
+        folder.mkdir()
+        pids = []
+        for number in range(count):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    _take_part(number, count, work, folder, patience)
+                finally:
+                    os._exit(0)
+            pids.append(pid)
+        _reap(pids, patience + 60)
+        records = [folder / f"{number}.pickle" for number in range(count)]
+        return [pickle.loads(r.read_bytes()) if r.exists() else "killed" for r in records]
+
+    return run
+
+
+def _reap(pids, seconds):
+    end = time.monotonic() + seconds
+    left = set(pids)
+    while left:
+        left -= {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0]}
+        if time.monotonic() > end:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise AssertionError(f"{len(left)} of {len(pids)} processes hung")
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def in_processes(processes):
+    """Run ``work(number)`` in several processes of a job, and return what each returned."""
+
+    def run(count, work, **options):
+        ended = processes(count, work, **options)
+        assert all(each != "killed" and each.error is None for each in ended), "".join(
+            f"\nprocess {n}: {each if each == 'killed' else each.told}"
+            for n, each in enumerate(ended)
+        )
+        return [each.value for each in ended]
+
+    return run
