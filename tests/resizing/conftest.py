@@ -67,16 +67,22 @@ class Job:
         return Net()
 
     def model(self):
+        return self.model_of(shard=dist.is_initialized())
+
+    def model_of(self, *, shard):
         config = {"r": CAPACITY, "lora_alpha": CAPACITY, **self.config}
         targets = ["q", "v", "o", "embed"]
         model = peft.get_peft_model(
             self.base(), peft.LoraConfig(**{"target_modules": targets, **config})
         )
-        if dist.is_initialized():
-            for block in model.get_base_model().blocks:
-                fully_shard(block, **self.sharding)
-            fully_shard(model, **self.sharding)
+        if shard:
+            self.shard(model)
         return model
+
+    def shard(self, model):
+        for block in model.get_base_model().blocks:
+            fully_shard(block, **self.sharding)
+        fully_shard(model, **self.sharding)
 
     def flow(self, model, **options):
         budget = rf.load_budget("reallocate", **{**BUDGET, **self.budget})
