@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim import SGD, Adam
 
 import rankflow as rf
@@ -129,6 +130,37 @@ def test_low_precision_keeps_dead_slots_at_zero(job, in_processes):
     (losses, first), (_, second) = in_processes(2, work)
     assert first == second
     assert np.isfinite(losses).all()
+
+
+def test_a_step_takes_no_collective_of_its_own(job, in_processes):
+    run = job(steps=8, budget={"warmup": 6, "every": 1, "cooldown": 1})
+
+    def work(number):
+        model = run.model()
+        flow, optimizer = run.flow(model), run.make_optimizer(model)
+        counts = {}
+        for name in ("observe", "step"):
+            setattr(flow, name, counted(getattr(flow, name), name, counts))
+        for batch in run.batches():
+            run.step(model, flow, optimizer, batch)
+        return counts, len(flow.history)
+
+    for counts, events in in_processes(2, work):
+        assert counts["observe"] == [0] * 8
+        assert [count > 0 for count in counts["step"]] == [False] * 5 + [True] * 2 + [False]
+        assert events == 2
+
+
+def counted(call, name, counts):
+    """Note how many collectives each call takes."""
+
+    def run(*arguments):
+        with CommDebugMode() as noted:
+            result = call(*arguments)
+        counts.setdefault(name, []).append(noted.get_total_counts())
+        return result
+
+    return run
 
 
 def test_an_export_is_a_stock_adapter_of_the_live_components_alone(job, in_processes, tmp_path):
