@@ -28,7 +28,6 @@ from torch.optim import Optimizer
 
 from rankflow import dem, processes, surgery
 from rankflow.adapters.base_weight import count_base_parameters
-from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gating import check_untrained, convert, start_gates
 from rankflow.adapters.savepoint import renew, undone_on_error
 from rankflow.adapters.sites import Site, find_sites, magnitudes_on
@@ -160,7 +159,7 @@ class RankFlow:
         for site in self._sites:
             translate_state_dicts(site.layer, self.adapter_name)
             if accelerate and site.magnitude_slot is not None:
-                accelerate_site(site)
+                self._resizer.accelerate(site)
         self._steps = 0
         self._observed = 0
         self._limit = self.resolved.start

@@ -37,11 +37,13 @@ class Slots:
         A: As given: a layer shows the sharded parameter only while it does not compute.
         B: As given.
         live: The slot of each component, in the order of the components.
+        row_factor: DoRA's factor of each output row at the event under way, shape ``(out,)``.
     """
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter) -> None:
         self.A, self.B = A, B
         self.live = list(range(A.shape[0]))
+        self.row_factor: Tensor | None = None
         self.here = _part(A)
         self.outputs_here = _part(B)
 

@@ -64,7 +64,7 @@ def _write(job: ExportJob, whole: dict[str, Tensor]) -> None:
     state = dict(whole)
     for site in job.sites:
         _cut(site, state)
-    if not any(site.rank for site in job.sites):
+    if not any(site.rank > 0 or site.magnitude is not None for site in job.sites):
         raise ExportError(
             f"all {len(job.sites)} sites of adapter {job.adapter_name!r} have rank 0: it is the "
             "base model, and PEFT cannot load an adapter of nothing"
@@ -96,6 +96,8 @@ def _cut(site: Site, state: dict[str, Tensor]) -> None:
     live = torch.nonzero(is_live).flatten()
     site.slots = Slots(site.A, site.B)
     site.slots.live = live.tolist()
+    if site.magnitude is not None and not len(live):
+        live = torch.tensor([0])  # beside a magnitude PEFT wants a component, and it is zero
     if len(live):
         state |= dict(zip(keys, (A[live], B[:, live]), strict=True))
 

@@ -33,8 +33,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from rankflow import processes
-from rankflow.adapters.base_weight import magnitude_factor
-from rankflow.adapters.dora import norms_of
+from rankflow.adapters.dora import row_factor
 from rankflow.adapters.savepoint import undone
 from rankflow.adapters.sites import Site
 from rankflow.adapters.weight_gradient import project
@@ -254,9 +253,7 @@ class GradientSketch:
         Y, Z = torch.where(finite, Y, 0), torch.where(finite, Z, 0)
         Q, X = low_rank(Y, Z, sketch.left.to(device, dtype))
         if site.magnitude is not None:
-            norms = norms_of(site)
-            factor = magnitude_factor(site.magnitude.detach(), norms)
-            Q = Q * factor.to(device, dtype).unsqueeze(1)
+            Q = Q * row_factor(site).to(device, dtype).unsqueeze(1)
         if site.kind == "embedding":
             return torch.linalg.qr(X.T).R @ Q.T  # (k, out)
         return torch.linalg.qr(Q).R @ X  # (k, in)

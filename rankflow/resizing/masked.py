@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rankflow import processes
+from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.newborns import Newborns
+from rankflow.adapters.norm_cache import FreshNorms
 from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import Slots
 from rankflow.allocation.policies import plan_from_ranks
@@ -31,6 +33,7 @@ from rankflow.resizing import mask_surgery
 from rankflow.resizing.exchange import prepare, sizes
 from rankflow.resizing.physical import untrained
 from rankflow.resizing.resizer import Resolve
+from rankflow.resizing.row_factors import note_row_factors
 from rankflow.resizing.sharding import LOCAL_SCORES, check_budget, check_shards, gather_again
 from rankflow.resizing.slot_scores import SlotScores, slots_of, table_order
 from rankflow.specs.budget import BudgetSpec
@@ -84,6 +87,11 @@ class Masked:
                     f"hold; make it with LoraConfig(r={max(needed)}) at least, and with twice the "
                     "mean rank to leave room to move"
                 )
+
+    def accelerate(self, site: Site) -> None:
+        """Give a DoRA site the fast forward, without a memory for its norms."""
+        accelerate_site(site)
+        site.dora_variant.cache = FreshNorms()
 
     def scorers(self) -> dict[str, Scorer]:
         """Make the scorers that the budget asks for, each in the table's order."""
@@ -148,6 +156,7 @@ class Masked:
 
         exchange = processes.in_all(share, what)
         processes.add_up(exchange.flat, what)
+        note_row_factors(self._model, self._sites)
 
         def read() -> FloatArray:
             if spread is not None:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch.optim import Optimizer
 
 from rankflow import processes, surgery
+from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.newborns import Newborns
 from rankflow.adapters.sites import Site
 from rankflow.adapters.stock import sync_config
@@ -56,6 +57,10 @@ class Physical:
     def resolve(self, infos: Sequence[SiteInfo], resolve: Resolve) -> ResolvedBudget:
         """Resolve the budget: tensors can take all ranks."""
         return resolve(infos)
+
+    def accelerate(self, site: Site) -> None:
+        """Give a DoRA site the fast forward."""
+        accelerate_site(site)
 
     def scorers(self) -> dict[str, Scorer]:
         """Make the scorers that the budget asks for."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch.optim import Optimizer
 
 from rankflow.adapters.newborns import Newborns
+from rankflow.adapters.sites import Site
 from rankflow.budgeting import ResolvedBudget
 from rankflow.growing import Growth
 from rankflow.importance.scorer import Scorer
@@ -26,6 +27,9 @@ class Resizer(Protocol):
         Raises:
             BudgetError: They cannot take those that the budget asks for.
         """
+
+    def accelerate(self, site: Site) -> None:
+        """Give a DoRA site the fast forward."""
 
     def scorers(self) -> dict[str, Scorer]:
         """Make the scorers of a ``Tracker``, for the ranks that the sites have now."""

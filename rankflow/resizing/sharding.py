@@ -48,39 +48,33 @@ def gather_again(model: nn.Module) -> None:
 
 
 def check_shards(sites: Sequence[Site]) -> None:
-    """Check that A and B of every site are split over all processes along their first axis.
+    """Check that every site's tensors are split over all processes along their first axis.
 
     Raises:
         RankFlowError: One is not; the message names its site.
     """
     for site in sites:
-        for factor, _ in site.factors:
-            _check_factor(site.name, factor)
-        if site.magnitude_slot is not None:
-            raise RankFlowError(
-                f"site {site.name!r} is DoRA, whose norms need the whole base weight, and under "
-                "FSDP2 no process has it between steps; use LoraConfig(use_dora=False), or "
-                "DistributedDataParallel"
-            )
+        for tensor in site.named_parameters.values():
+            _check_tensor(site.name, tensor)
 
 
-def _check_factor(name: str, factor: Tensor) -> None:
-    if not isinstance(factor, DTensor):
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, DTensor):
         raise RankFlowError(
             f"the adapter of site {name!r} is not sharded, and others of the model are; call "
             "fully_shard on the whole model too, without ignored_params, or shard nothing"
         )
-    mesh = factor.device_mesh
-    if factor.placements != (Shard(0),) or mesh.size() != processes.count():
+    mesh = tensor.device_mesh
+    if tensor.placements != (Shard(0),) or mesh.size() != processes.count():
         raise RankFlowError(
-            f"the adapter of site {name!r} is placed as {factor.placements} over "
+            f"the adapter of site {name!r} is placed as {tensor.placements} over "
             f"{mesh.size()} of {processes.count()} processes (HSDP, tensor parallelism, or a "
             "placement of your own), and RankFlow follows Shard(0) over all of them; call "
             "fully_shard with a mesh of one dimension, and without shard_placement_fn"
         )
-    if mesh.device_type != factor.device.type:
+    if mesh.device_type != tensor.device.type:
         raise RankFlowError(
-            f"the adapter of site {name!r} is kept on {factor.device.type!r} by CPUOffloadPolicy, "
+            f"the adapter of site {name!r} is kept on {tensor.device.type!r} by CPUOffloadPolicy, "
             "where its scores would wait for every step; leave offload_policy out"
         )
 
@@ -94,8 +88,10 @@ def check_budget(budget: BudgetSpec) -> None:
     faults = []
     if budget.components != "factors":
         faults.append(f"components = {budget.components!r}: use 'factors'")
-    if budget.magnitude == "budgeted":
-        faults.append("magnitude = 'budgeted': use 'always'")
+    if budget.magnitude != "always":
+        faults.append(f"magnitude = {budget.magnitude!r}: use 'always', or plain LoRA")
+    if budget.renormalise != "none":
+        faults.append(f"renormalise = {budget.renormalise!r}: use 'none'")
     if budget.score not in _SCORES:
         faults.append(
             f"score = {budget.score!r} needs whole factors: use one of {', '.join(_SCORES)}"

@@ -24,6 +24,7 @@ QUICK = {
         "clip": 0.01,
         "budget": {"grow": "orthogonal", "recycle": 0.4},
     },
+    "dora": {"config": {"use_dora": True}, "budget": {"rank": 2.5}},
 }
 LONG = {
     "evaluated between the steps": {"evaluate": True},
@@ -64,9 +65,12 @@ def check_zeros(flow, optimizer):
         for tensor, axis in mask_surgery._tensors(site.slots, optimizer):
             whole = tensor.detach().full_tensor().movedim(axis, 0)
             assert not whole[dead].any(), site.name
-    assert flow.spent == sum(
-        len(site.slots.live) * (site.in_features + site.out_features) for site in flow._sites
-    )
+    spent = [
+        len(site.slots.live) * (site.in_features + site.out_features)
+        + (0 if site.magnitude is None else site.out_features)
+        for site in flow._sites
+    ]
+    assert flow.spent == sum(spent)
 
 
 def compare(job, in_processes, options, count=2):

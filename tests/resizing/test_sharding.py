@@ -36,6 +36,8 @@ def refused(in_processes):
         ({"components": "gated"}, "components = 'gated': use 'factors'"),
         ({"components": "gated", "dem": 0.1}, "dem = 0.1: use 0"),
         ({"magnitude": "budgeted"}, "magnitude = 'budgeted': use 'always'"),
+        ({"magnitude": "never"}, "magnitude = 'never': use 'always', or plain LoRA"),
+        ({"renormalise": "keep-scale"}, "renormalise = 'keep-scale': use 'none'"),
     ],
 )
 def test_budgets_that_need_whole_tensors_name_the_key(budget, told, job, refused):
@@ -56,11 +58,6 @@ def test_a_budget_beyond_the_capacity_is_told_the_r_that_it_needs(budget, larges
     run = job(budget=budget, config={"r": 5 if largest else 3})
     told = refused(lambda: run.flow(run.model()), BudgetError)
     assert f"LoraConfig(r={largest or 4})" in told
-
-
-def test_dora_is_refused(job, refused):
-    run = job(config={"use_dora": True})
-    assert "use LoraConfig(use_dora=False)" in refused(lambda: run.flow(run.model()))
 
 
 def test_offloaded_parameters_are_refused(job, refused):
