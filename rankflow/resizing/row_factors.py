@@ -1,7 +1,6 @@
 """DoRA's factors :math:`m / n` at an event, for which each base weight is gathered in turn."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
@@ -20,10 +19,12 @@ def note_row_factors(model: PeftModel, sites: Sequence[Site]) -> None:
     All processes have to call it: it gathers one FSDP unit after the other, as a forward does.
     """
     for owner, members in _by_owner(model, sites).items():
-        with _whole([owner]):
+        owner.unshard()
+        try:
             for site in members:
-                with _whole([m for m in site.layer.modules() if m is not owner]):
-                    _note(site)
+                _note(site)
+        finally:
+            owner.reshard()
 
 
 def _note(site: Site) -> None:
@@ -48,15 +49,3 @@ def _by_owner(model: PeftModel, sites: Sequence[Site]) -> dict[FSDPModule, list[
             owner = [module for module in above if isinstance(module, FSDPModule)][-1]
             owners.setdefault(owner, []).append(site)
     return owners
-
-
-@contextmanager
-def _whole(modules: Sequence[object]) -> Iterator[None]:
-    units = [module for module in modules if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()

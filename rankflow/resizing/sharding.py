@@ -56,6 +56,16 @@ def check_shards(sites: Sequence[Site]) -> None:
     for site in sites:
         for tensor in site.named_parameters.values():
             _check_tensor(site.name, tensor)
+        if site.magnitude_slot is not None and _has_units(site.layer):
+            raise RankFlowError(
+                f"parts of the DoRA site {site.name!r} are FSDP units of their own, and its norms "
+                "need its base weight and its adapter at once; call fully_shard on the layer or on "
+                "its block, not within it, or use LoraConfig(use_dora=False)"
+            )
+
+
+def _has_units(layer: nn.Module) -> bool:
+    return any(isinstance(m, FSDPModule) for m in layer.modules() if m is not layer)
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:

@@ -61,6 +61,7 @@ class Job:
     options: dict = field(default_factory=lambda: {"lr": 3e-2, "weight_decay": 0.1})
     config: dict = field(default_factory=dict)
     sharding: dict = field(default_factory=dict)
+    leaves: bool = False
 
     def base(self):
         torch.manual_seed(0)
@@ -81,6 +82,10 @@ class Job:
 
     def shard(self, model):
         for block in model.get_base_model().blocks:
+            if self.leaves:  # as accelerate shards what PEFT trains
+                for name, module in block.named_modules():
+                    if ".lora_" in name and isinstance(module, nn.Linear):
+                        fully_shard(module, **self.sharding)
             fully_shard(block, **self.sharding)
         fully_shard(model, **self.sharding)
 

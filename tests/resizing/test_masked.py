@@ -27,6 +27,14 @@ QUICK = {
     "dora": {"config": {"use_dora": True}, "budget": {"rank": 2.5}},
 }
 LONG = {
+    "dora, accumulated, clipped, evaluated": {
+        "config": {"use_dora": True},
+        "budget": {"rank": 3, "schedule": "linear", "start": 1.3},
+        "accumulate": 2,
+        "clip": 0.01,
+        "evaluate": True,
+    },
+    "every leaf a unit": {"leaves": True},
     "evaluated between the steps": {"evaluate": True},
     "momentum": {
         "optimizer": SGD,
@@ -167,9 +175,13 @@ def counted(call, name, counts):
     return run
 
 
-def test_an_export_is_a_stock_adapter_of_the_live_components_alone(job, in_processes, tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_export_is_a_stock_adapter_of_the_live_components_alone(
+    use_dora, job, in_processes, tmp_path
+):
     bounds = {"blocks.0.v": {"max_rank": 0}}
-    run = job(config={"modules_to_save": ["head"]}, budget={"bounds": bounds})
+    config = {"modules_to_save": ["head"], "use_dora": use_dora}
+    run = job(config=config, budget={"bounds": bounds, "rank": 2 + use_dora})
 
     def work(number):
         _, flow = run.train()
@@ -182,7 +194,8 @@ def test_an_export_is_a_stock_adapter_of_the_live_components_alone(job, in_proce
     loaded = peft.PeftModel.from_pretrained(run.base(), tmp_path / "adapter")
     torch.testing.assert_close(run.outputs(loaded), outputs, rtol=1e-6, atol=1e-6)
     shapes = {n: p.shape for n, p in loaded.named_parameters() if ".lora_" in n}
-    assert sum(shape.numel() for shape in shapes.values()) == spent
+    stand_in = 6 + 9 if use_dora else 0  # PEFT wants a component beside a magnitude
+    assert sum(shape.numel() for shape in shapes.values()) == spent + stand_in
     assert ranks["blocks.0.v"] == 0
 
 

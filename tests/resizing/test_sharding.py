@@ -60,6 +60,11 @@ def test_a_budget_beyond_the_capacity_is_told_the_r_that_it_needs(budget, larges
     assert f"LoraConfig(r={largest or 4})" in told
 
 
+def test_dora_in_parts_is_refused(job, refused):
+    run = job(config={"use_dora": True}, leaves=True)
+    assert "not within it" in refused(lambda: run.flow(run.model()))
+
+
 def test_offloaded_parameters_are_refused(job, refused):
     run = job(sharding={"offload_policy": CPUOffloadPolicy(pin_memory=False)})
     told = []
