@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim import SGD, Adam
@@ -14,6 +15,7 @@ import rankflow as rf
 from rankflow.adapters.slots import local
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.allocation.scheduler import Scheduler
+from rankflow.checkpoint import load_state, save_state
 from rankflow.errors import CheckpointError, ExportError, RankFlowError, SurgeryError
 from rankflow.resizing import mask_surgery
 
@@ -239,7 +241,7 @@ def _fail(*arguments):
     raise MemoryError("64 GiB")
 
 
-def test_a_resumed_run_is_bitwise_the_one_that_went_on(job, in_processes):
+def test_a_resumed_run_is_bitwise_the_one_that_went_on(job, in_processes, tmp_path):
     run = job()
 
     def work(number):
@@ -248,8 +250,12 @@ def test_a_resumed_run_is_bitwise_the_one_that_went_on(job, in_processes):
         losses, batches = [], list(run.batches())
         for batch in batches[:11]:
             run.step(model, flow, optimizer, batch)
+        state = flow.state_dict()  # all processes take part, and one may save it
+        if number == 0:
+            save_state(state, tmp_path)
+        dist.barrier()
         again = run.model()
-        resumed = run.flow(again, resume=flow.state_dict())
+        resumed = run.flow(again, resume=load_state(tmp_path))
         for parameter, saved in zip(again.parameters(), model.parameters(), strict=True):
             local(parameter).copy_(local(saved))
         other = run.make_optimizer(again)
