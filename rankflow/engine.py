@@ -81,6 +81,10 @@ class RankFlow:
     factors afresh; an optimizer made before needs ``attach`` before its first step then. The scale
     stays PEFT's ``alpha / r``, whatever the ranks.
 
+    A model under FSDP2 (``torch.distributed.fsdp.fully_shard``), where no tensor can change its
+    shape, is steered through slots: ``LoraConfig.r`` is the largest rank of a site there, and what
+    holds no component is zero. Make the optimizer and this after ``fully_shard``, in all processes.
+
     Args:
         model: A ``peft.PeftModel`` with a LoRA or DoRA adapter.
         budget: The budget, from ``load_budget``.
@@ -97,6 +101,8 @@ class RankFlow:
     Raises:
         SiteError: The model has no site, or one that cannot be steered.
         BudgetError: The budget does not fit the sites or the steps.
+        RankFlowError: The model is spread over devices in a way, or under a budget, that is not
+            followed.
         CheckpointError: ``resume`` belongs to another model, budget or length of run.
     """
 
@@ -217,7 +223,8 @@ class RankFlow:
 
         Call it when the gradients of the whole step are complete, accumulated, reduced and clipped:
         after ``backward`` and clipping, before ``optimizer.step``. Clipping is undone; a step whose
-        loss or gradients are not finite does not count, and too many in a row stop the run.
+        loss or gradients are not finite does not count, and too many in a row stop the run. Under
+        FSDP2 a process looks at the gradients that it holds, and decides about these alone.
 
         Args:
             loss_scale: Factor of a gradient scaler that was on the loss in ``backward`` and is off

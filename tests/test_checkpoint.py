@@ -105,7 +105,8 @@ def test_slots_read_back_where_tensors_keep_their_shapes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "slots", [[[1], []], [[1, 1], []], [[0, 1]], [[0, -1], []], [["0", 1], []]]
+    "slots",
+    [[[1], []], [[1, 1], []], [[0, 1, 1], []], [[0, 1]], [[0, -1], []], [["0", 1], []]],
 )
 def test_slots_that_do_not_fit_the_ranks_are_refused(tmp_path, slots):
     save_state(make_state() | {"slots": slots}, tmp_path)

@@ -12,6 +12,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim import SGD, Adam
 
 import rankflow as rf
+from rankflow.adapters import norm_cache
 from rankflow.adapters.slots import local
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.allocation.scheduler import Scheduler
@@ -124,6 +125,47 @@ def test_sites_die_and_return(job, in_processes, monkeypatch):
     monkeypatch.setattr(Scheduler, "plan", plan)
     flow = compare(job, in_processes, {"steps": 40})
     assert [event.ranks["blocks.0.v"] for event in flow.history][:4] == [0, 2, 0, 2]
+
+
+@pytest.mark.distributed
+def test_what_was_gathered_for_an_evaluation_is_not_used_after_an_event(
+    job, in_processes, monkeypatch
+):
+    def plan(scheduler, table, step):
+        ranks = np.full(len(table.sites), 2)
+        ranks[0] = 1 + (step // 4) % 2  # the embedding, which FSDP2 leaves gathered in the root
+        return plan_from_ranks(table, ranks)
+
+    monkeypatch.setattr(Scheduler, "plan", plan)
+    flow = compare(job, in_processes, {"steps": 40, "evaluate": True})
+    assert {event.ranks["embed"] for event in flow.history} == {1, 2}
+
+
+@pytest.mark.distributed
+def test_norms_of_dora_follow_weights_that_no_optimizer_changed(job, in_processes, monkeypatch):
+    # An allocator may give what is gathered anew the address that it had before.
+    monkeypatch.setattr(norm_cache, "_identity", lambda tensor: None)
+    run = job(config={"use_dora": True}, budget={"rank": 3})
+
+    def work(number):
+        model = run.model()
+        run.flow(model)
+        change(model, 1.0)
+        run.outputs(model)
+        change(model, 2.0)
+        return run.outputs(model)
+
+    def change(model, size):
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                local(parameter).fill_(size)
+
+    outputs, _ = in_processes(2, work)
+    monkeypatch.undo()
+    whole = run.model()
+    run.flow(whole)
+    change(whole, 2.0)
+    torch.testing.assert_close(run.outputs(whole), outputs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.distributed
