@@ -217,6 +217,11 @@ def frozen_ranks(
     return np.array(frozen, dtype=np.int64)
 
 
+def even_ranks(sites: Sequence[SiteInfo], limit: int) -> IntArray:
+    """Return the equal ranks that a number of parameters allows, shape ``(S,)``."""
+    return _start_ranks(uniform, sites, limit)
+
+
 def _start_ranks(policy: Policy, sites: Sequence[SiteInfo], start: int) -> IntArray:
     empty = ComponentTable(
         sites=tuple(sites),

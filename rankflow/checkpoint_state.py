@@ -36,6 +36,7 @@ class _Values(BaseModel):
     magnitude_ages: list[Count]
     promise: list[FiniteFloat]
     history: list[RankEvent]
+    slots: list[list[Count]] | None = None  # of a run under FSDP2
 
 
 def check_state(state: dict[str, Any]) -> None:
@@ -68,5 +69,13 @@ def check_state(state: dict[str, Any]) -> None:
             raise ValueError(f"{key} has {found} values and the ranks ask for {expected}")
     if [len(steps) for steps in values.young] != list(values.ranks.values()):
         raise ValueError("young does not count the components of each site")
+    if not _fits(values.slots, list(values.ranks.values())):
+        raise ValueError("slots does not give each component of each site a slot of its own")
     if values.steps > values.total_steps:
         raise ValueError(f"it is at step {values.steps} of {values.total_steps}")
+
+
+def _fits(slots: list[list[int]] | None, ranks: list[int]) -> bool:
+    if slots is None:
+        return True
+    return [len(live) for live in slots] == ranks == [len(set(live)) for live in slots]

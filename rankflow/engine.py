@@ -14,12 +14,11 @@ stands.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
@@ -29,15 +28,13 @@ from torch.optim import Optimizer
 
 from rankflow import dem, processes, surgery
 from rankflow.adapters.base_weight import count_base_parameters
-from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gating import check_untrained, convert, start_gates
 from rankflow.adapters.savepoint import renew, undone_on_error
 from rankflow.adapters.sites import Site, find_sites, magnitudes_on
 from rankflow.adapters.stacked import warn_of_stacked_weights
 from rankflow.adapters.state_dicts import translate_state_dicts
-from rankflow.adapters.stock import check_trainable, sync_config
+from rankflow.adapters.stock import check_trainable
 from rankflow.adapters.vera import draw_matrices, share_matrices, start_vectors
-from rankflow.allocation.policies import plan_from_ranks
 from rankflow.budgeting import resolve_budget
 from rankflow.errors import (
     BudgetError,
@@ -49,21 +46,16 @@ from rankflow.errors import (
 from rankflow.eventing import describe
 from rankflow.export.card import AdapterFacts
 from rankflow.fairstart import FairStart
-from rankflow.fingerprint import fingerprints
 from rankflow.growing import Growth
 from rankflow.importance.bad_steps import MAX_BAD_STEPS, BadSteps
 from rankflow.importance.finite import check_weights
 from rankflow.importance.gradients import StepGradients
-from rankflow.importance.norms import Norm
 from rankflow.records import (
-    BoolArray,
     ComponentTable,
-    FloatArray,
-    IntArray,
     RankEvent,
     RankPlan,
 )
-from rankflow.reducer import Reducer, refuse_other_engines
+from rankflow.resizing.choose import choose_resizer
 from rankflow.specs.budget import BudgetSpec
 from rankflow.tracking import Tracker
 
@@ -88,6 +80,10 @@ class RankFlow:
     factors afresh; an optimizer made before needs ``attach`` before its first step then. The scale
     stays PEFT's ``alpha / r``, whatever the ranks.
 
+    A model under FSDP2 (``torch.distributed.fsdp.fully_shard``), where no tensor can change its
+    shape, is steered through slots: ``LoraConfig.r`` is the largest rank of a site there, and what
+    holds no component is zero. Make the optimizer and this after ``fully_shard``, in all processes.
+
     Args:
         model: A ``peft.PeftModel`` with a LoRA or DoRA adapter.
         budget: The budget, from ``load_budget``.
@@ -104,6 +100,8 @@ class RankFlow:
     Raises:
         SiteError: The model has no site, or one that cannot be steered.
         BudgetError: The budget does not fit the sites or the steps.
+        RankFlowError: The model is spread over devices in a way, or under a budget, that is not
+            followed.
         CheckpointError: ``resume`` belongs to another model, budget or length of run.
     """
 
@@ -128,10 +126,14 @@ class RankFlow:
         self.sinks = list(sinks)
         self._optimizer: Optimizer | None = None
         self._sites = find_sites(model, adapter_name)
-        refuse_other_engines(model)
+        self._resizer = choose_resizer(model, adapter_name, self._sites, budget)
         check_trainable(model, adapter_name, self._sites)
         warn_of_stacked_weights(model)
-        with undone_on_error("attaching RankFlow to the model", self._sites, model=model):
+        what = "attaching RankFlow to the model"
+        with (
+            undone_on_error(what, self._sites, model=model),
+            self._resizer.undone_on_error(None, what),
+        ):
             self._set_up(total_steps, accelerate, resume, max_bad_steps)
 
     def _set_up(
@@ -143,15 +145,18 @@ class RankFlow:
             if budget.components != "factors" and resume is None:
                 check_untrained(self._sites)
             convert(self._sites, budget.components)
-        self.resolved = resolve_budget(
-            budget,
+        self.resolved = self._resizer.resolve(
             [
                 site.describe(*budget.bounds_of(site.name), magnitude=budget.magnitude)
                 for site in self._sites
             ],
-            total_steps=total_steps,
-            base_parameters=count_base_parameters(model),
-            bytes_per_parameter=self._sites[0].A.element_size(),
+            partial(
+                resolve_budget,
+                budget,
+                total_steps=total_steps,
+                base_parameters=count_base_parameters(model),
+                bytes_per_parameter=self._sites[0].A.element_size(),
+            ),
         )
         if budget.components == "vera":
             largest = max(info.max_rank for info in self.resolved.sites)
@@ -159,7 +164,7 @@ class RankFlow:
         for site in self._sites:
             translate_state_dicts(site.layer, self.adapter_name)
             if accelerate and site.magnitude_slot is not None:
-                accelerate_site(site)
+                self._resizer.accelerate(site)
         self._steps = 0
         self._observed = 0
         self._limit = self.resolved.start
@@ -168,9 +173,11 @@ class RankFlow:
         self._bad_steps = BadSteps(self._sites, max_bad_steps)
         self._fair_start = FairStart(self._sites)
         self._growth = Growth(budget, self._sites, self.resolved)
-        self._reducer = Reducer(model)
         if resume is None:
-            self._resize_in_place(self.resolved.start_ranks, self.resolved.start_magnitudes)
+            ranks, magnitudes = self.resolved.start_ranks, self.resolved.start_magnitudes
+            newborns = self._growth.newborns(0)
+            self._resizer.begin(self.resolved.sites, ranks, magnitudes, newborns)
+            self._track_afresh()
             if is_new:
                 self._draw_components()
             self._look_ahead()
@@ -214,7 +221,8 @@ class RankFlow:
 
         Call it when the gradients of the whole step are complete, accumulated, reduced and clipped:
         after ``backward`` and clipping, before ``optimizer.step``. Clipping is undone; a step whose
-        loss or gradients are not finite does not count, and too many in a row stop the run.
+        loss or gradients are not finite does not count, and too many in a row stop the run. Under
+        FSDP2 a process looks at the gradients that it holds, and decides about these alone.
 
         Args:
             loss_scale: Factor of a gradient scaler that was on the loss in ``backward`` and is off
@@ -229,11 +237,10 @@ class RankFlow:
             RankFlowError: No adapter parameter has a gradient, or processes of the job have
                 different ones.
         """
-        self._reducer.check(self._sites, self._steps + 1)
+        was_averaged = self._resizer.check_gradients(self._steps + 1)
         reading = self._gradients.read(loss_scale)
         # Gradients that are averaged by hand after backward were seen before that.
-        is_known = self._reducer.is_found or not processes.are_several()
-        unclip = reading.unclip if is_known else torch.ones_like(reading.unclip)
+        unclip = reading.unclip if was_averaged else torch.ones_like(reading.unclip)
         is_finite = _is_finite(loss, like=reading.accept)
         self._accept = reading.accept & is_finite
         if not self.resolved.is_static:
@@ -258,6 +265,9 @@ class RankFlow:
         Raises:
             DivergenceError: One is not; the message names its site.
         """
+        self._resizer.everywhere(self._check_weights, "checking the weights")
+
+    def _check_weights(self) -> None:
         check_weights(
             self._gradients.parameters,
             f"training has diverged by step {self._steps}: go on from an earlier checkpoint, with "
@@ -390,7 +400,7 @@ class RankFlow:
         self._fair_start.close()
         self._growth.sketch.close()
         self._bad_steps.close()
-        self._reducer.close()
+        self._resizer.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain values and tensors.
@@ -408,6 +418,7 @@ class RankFlow:
             "limit": self._limit,
             "magnitudes": magnitudes_on(self._sites).tolist(),
             "young": [list(steps) for steps in self._fair_start.steps],
+            **self._resizer.state(),
             **self._tracker.state(),
             "scorer": self._tracker.tensors(),
             "sketch": {key: value.clone() for key, value in self._growth.sketch.state().items()},
@@ -436,9 +447,8 @@ class RankFlow:
     def _restore(self, state: dict[str, Any]) -> None:
         self._check_state(state)
         check_trainable(self.model, self.adapter_name, self._sites)
-        self._resize_in_place(
-            np.array([state["ranks"][s.name] for s in self._sites]), np.array(state["magnitudes"])
-        )
+        self._resizer.restore(state, self.resolved.sites, self._growth.newborns(0))
+        self._track_afresh()
         self._steps, self._observed = state["steps"], state["observed"]
         self._bad_steps.restart(state["bad_steps"])
         self._limit = state["limit"]
@@ -459,22 +469,13 @@ class RankFlow:
     def _start_components(self) -> int:
         return max(int(self.resolved.start_ranks.sum()), 1)
 
-    def _resize_in_place(self, ranks: IntArray, magnitudes: BoolArray) -> None:
-        """Bring untrained sites to ranks and magnitudes, and start all tracking afresh."""
-        old = np.array([site.rank for site in self._sites])
-        scores = Norm(self._sites).read().to("cpu", torch.float64).numpy()
-        table = ComponentTable(
-            self.resolved.sites, old, scores, np.zeros(old.sum(), np.int64), np.zeros(len(old))
-        )
-        plan = replace(plan_from_ranks(table, ranks), magnitudes=magnitudes)
-        newborns = self._growth.newborns(0)
-        surgery.resize_in_place(self._sites, plan, newborns, self.budget.renormalise)
+    def _track_afresh(self) -> None:
+        """Start all tracking at the ranks that the sites have now."""
         self._growth.sketch.close()
-        sync_config(self.model, self.adapter_name, self._sites)
-        self._tracker = Tracker(self.budget, self._sites, self.resolved.sites)
+        scorers = self._resizer.scorers()
+        self._tracker = Tracker(self.budget, self._sites, self.resolved.sites, scorers)
         self._fair_start.restart()
         self._gradients.watch(self._sites)
-        self._reducer.invalidate()
         self._optimizer = None
 
     def _draw_components(self) -> None:
@@ -488,15 +489,14 @@ class RankFlow:
         """Carry out one event: in a job of several processes the first one decides for all."""
         what = f"the reallocation after step {self._steps}"
         began = time.perf_counter()
+        processes.wait_for_all(what)
         with self._undone_on_error(what):
-            processes.wait_for_all(what)
             self._growth.sketch.average(what)
-            values = processes.from_first(processes.in_all(self._measure, what), what)
+            values = self._resizer.measure(self._check_event, self._tracker, self._growth, what)
             table = self._tracker.survey(values)
             plan = processes.from_first(self.resolved.scheduler.plan(table, step), what)
             processes.in_all(lambda: self._carry_out(table, plan), what)
-            self._share_newborns(plan, what)
-            self._check_agreement(what)
+            self._resizer.agree(plan, self._optimizer, what)
             self._limit = self.resolved.scheduler.budget_at(step)
             seconds = time.perf_counter() - began
             event = describe(table, plan, len(self.history), self._steps, self._limit, seconds)
@@ -504,66 +504,38 @@ class RankFlow:
             self.history.append(event)
             return event
 
-    def _measure(self) -> FloatArray:
+    def _check_event(self) -> None:
         check_trainable(self.model, self.adapter_name, self._sites)  # another may be active now
-        self.check_finite()
-        return self._tracker.measure(self._growth.energy())
+        self._check_weights()
 
     def _carry_out(self, table: ComponentTable, plan: RankPlan) -> None:
         newborns = self._growth.newborns(len(self.history) + 1)
-        surgery.resize(self._sites, plan, self._optimizer, newborns, self.budget.renormalise)
+        self._resizer.resize(plan, self._optimizer, newborns)
         self._growth.sketch.close()
         self._tracker.follow(table, plan)
         self._fair_start.follow(plan)
         self._gradients.watch(self._sites)
-        self._reducer.invalidate()
-        sync_config(self.model, self.adapter_name, self._sites)
-
-    def _share_newborns(self, plan: RankPlan, what: str) -> None:
-        """Give all processes the newborns of the first: devices may differ in their last bits."""
-        if not processes.are_several():
-            return
-        drawn = [
-            factor.detach().narrow(axis, len(keep), int(births))
-            for site, keep, births in zip(self._sites, plan.keep, plan.births, strict=True)
-            for factor, axis in site.factors
-            if births > 0
-        ]
-        copies = [rows.contiguous() for rows in drawn]
-        processes.tensors_from_first(copies, what)
-        for rows, copy in zip(drawn, copies, strict=True):
-            rows.copy_(copy)
-
-    def _check_agreement(self, what: str) -> None:
-        """Check that adapters and optimizer state are the same in all processes of the job."""
-        if not processes.are_several():
-            return
-        prints = fingerprints(self._sites, self._optimizer)
-        difference = processes.first_difference(prints, what)
-        if difference is not None:
-            index, others = difference
-            raise RankFlowError(
-                f"{what} left different adapters: at site {self._sites[index].name!r} the ranks, "
-                f"parameters or optimizer state of process {others} are not those of process 0; "
-                "give all processes the same seed, model, budget, optimizer and versions, and "
-                "resume from the last checkpoint"
-            )
 
     def _publish(self, event: RankEvent | None) -> None:
         if event is not None:
             for sink in self.sinks:
                 sink(event)
 
-    def _undone_on_error(self, what: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def _undone_on_error(self, what: str) -> Iterator[None]:
         tracker = self._tracker
         parts = (self, tracker, *tracker.scorers.values(), self._fair_start, self._gradients)
-        return undone_on_error(
-            what,
-            self._sites,
-            model=self.model,
-            optimizer=self._optimizer,
-            others=(*parts, self._growth.sketch, self._bad_steps),
-        )
+        with (
+            undone_on_error(
+                what,
+                self._sites,
+                model=self.model,
+                optimizer=self._optimizer,
+                others=(*parts, self._growth.sketch, self._bad_steps),
+            ),
+            self._resizer.undone_on_error(self._optimizer, what),
+        ):
+            yield
 
     def _look_ahead(self) -> None:
         self._growth.look_ahead(self._steps, event=len(self.history))

@@ -28,6 +28,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rankflow.adapters.sites import Site
+from rankflow.adapters.slots import local
 from rankflow.records import RankPlan
 
 YOUTH = 30
@@ -87,11 +88,13 @@ class FairStart:
             for lived, first, count in _young_runs(steps):
                 for parameter, gradient, axis in trained:
                     state = optimizer.state.get(parameter, {})
-                    if "step" in state:
+                    if "step" not in state:
+                        continue
+                    for start, length in site.pieces(axis, first, count):
                         _correct(
-                            gradient.narrow(axis, first, count),
+                            local(gradient).narrow(axis, start, length),
                             {
-                                key: state[key].narrow(axis, first, count)
+                                key: local(state[key]).narrow(axis, start, length)
                                 for key in ("exp_avg", *_SQUARES)
                                 if key in state
                             },

@@ -52,12 +52,15 @@ class Growth:
         if costs and scheduler.allowance(spent, due) >= min(costs):
             self.sketch.open(self._sites, event=event)
 
-    def energy(self) -> Tensor:
+    def energy(self, live: Sequence[Tensor]) -> Tensor:
         """Return how much gradient there is outside of what each site spans, shape ``(S,)``.
 
         It is 0 where no sketch was taken; see ``GradientSketch.energy``.
+
+        Args:
+            live: The live rows of each site, ``(rank, width)``.
         """
-        return self.sketch.energy(outside=True)
+        return self.sketch.energy(live)
 
     def newborns(self, event: int) -> Newborns:
         """Return how one event draws its newborns, equal in every process.

@@ -25,9 +25,29 @@ def are_several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def count() -> int:
+    """Processes of the job."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def is_first() -> bool:
     """Whether this process is the one that decides, writes and speaks."""
     return not are_several() or dist.get_rank() == 0
+
+
+def add_up(tensor: Tensor, what: str) -> None:
+    """Replace a tensor by its sum over all processes, in place.
+
+    Args:
+        tensor: A tensor of floats, of equal shape in all processes.
+        what: What is being done, as the subject of a sentence.
+
+    Raises:
+        RankFlowError: A process did not take part.
+    """
+    if are_several():
+        with _together(what):
+            dist.all_reduce(tensor)
 
 
 def average(tensors: Sequence[Tensor], what: str) -> None:
@@ -146,6 +166,28 @@ def first_difference(values: Sequence[int], what: str) -> tuple[int, str] | None
         if others:
             return index, ", ".join(others)
     return None
+
+
+def check_equal(values: Sequence[int], names: Sequence[str], what: str) -> None:
+    """Check that all processes left the same adapters.
+
+    Args:
+        values: A number for each site.
+        names: The sites.
+        what: What was done, as the subject of a sentence.
+
+    Raises:
+        RankFlowError: A number differs; the message has the site's name, and the processes.
+    """
+    difference = first_difference(values, what)
+    if difference is not None:
+        index, others = difference
+        raise RankFlowError(
+            f"{what} left different adapters: at site {names[index]!r} the ranks, parameters or "
+            f"optimizer state of process {others} are not those of process 0; give all processes "
+            "the same seed, model, budget, optimizer and versions, and resume from the last "
+            "checkpoint"
+        )
 
 
 def wait_for_all(what: str) -> None:

@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
@@ -25,22 +23,6 @@ from rankflow import processes
 from rankflow.adapters.sites import Site
 from rankflow.errors import RankFlowError
 from rankflow.fingerprint import gradient_fingerprints
-
-
-def refuse_other_engines(model: nn.Module) -> None:
-    """Refuse a model whose parameters are held by what forbids new shapes.
-
-    Raises:
-        RankFlowError: It is sharded, or split over devices.
-    """
-    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
-    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    if sharded is not None or wrapped:
-        raise RankFlowError(
-            f"the parameters of this model are sharded{f' ({sharded})' if sharded else ''}, by "
-            "FSDP or tensor parallelism, and ranks cannot change there; use "
-            "DistributedDataParallel"
-        )
 
 
 class Reducer:

@@ -11,7 +11,7 @@ from rankflow.adapters.sites import Site, magnitudes_on
 from rankflow.allocation.demand import estimate_demand, price_by_gradient
 from rankflow.errors import DivergenceError
 from rankflow.importance.magnitudes import change_of_magnitudes
-from rankflow.importance.registry import make_scorers
+from rankflow.importance.scorer import Scorer
 from rankflow.records import (
     ComponentTable,
     FloatArray,
@@ -30,15 +30,20 @@ class Tracker:
         budget: The budget spec.
         sites: The sites, at the ranks that they start with.
         infos: What the allocation knows of them, in the same order.
+        scorers: Scorers of ``components`` and, if they are budgeted, of ``magnitudes``.
     """
 
     def __init__(
-        self, budget: BudgetSpec, sites: Sequence[Site], infos: tuple[SiteInfo, ...]
+        self,
+        budget: BudgetSpec,
+        sites: Sequence[Site],
+        infos: tuple[SiteInfo, ...],
+        scorers: dict[str, Scorer],
     ) -> None:
         self._sites = tuple(sites)
         self._infos = infos
         self._protect = budget.protect
-        self.scorers = make_scorers(budget, sites)
+        self.scorers = scorers
         # What is there at the start has nothing to prove.
         self._ages = np.full(sum(site.rank for site in sites), budget.protect, dtype=np.int64)
         self._magnitude_ages = np.full(len(sites), budget.protect, dtype=np.int64)

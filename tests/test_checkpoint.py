@@ -98,6 +98,22 @@ def test_a_damaged_header_is_refused(tmp_path):
         load_state(tmp_path)
 
 
+def test_slots_read_back_where_tensors_keep_their_shapes(tmp_path):
+    state = make_state() | {"slots": [[3, 0], []]}
+    save_state(state, tmp_path)
+    assert load_state(tmp_path)["slots"] == [[3, 0], []]
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [[[1], []], [[1, 1], []], [[0, 1, 1], []], [[0, 1]], [[0, -1], []], [["0", 1], []]],
+)
+def test_slots_that_do_not_fit_the_ranks_are_refused(tmp_path, slots):
+    save_state(make_state() | {"slots": slots}, tmp_path)
+    with pytest.raises(CheckpointError, match="slots"):
+        load_state(tmp_path)
+
+
 @pytest.mark.parametrize(
     "metadata", [None, {"other": "{}"}, {"state": "{"}, {"state": json.dumps([1])}]
 )

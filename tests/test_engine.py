@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional
 from transformers.optimization import Adafactor
 
-from rankflow import engine
 from rankflow.adapters.sites import find_sites
 from rankflow.checkpoint import load_state, save_state
 from rankflow.engine import RankFlow
@@ -31,6 +30,7 @@ from rankflow.importance.sketch import GradientSketch
 from rankflow.report.events import EventLog, read_events
 from rankflow.report.summary import describe_event
 from rankflow.report.tensorboard import TensorBoardSink
+from rankflow.resizing import physical
 from rankflow.specs.budget import BudgetSpec
 
 STEPS = 40
@@ -683,14 +683,14 @@ def until_event(budget="reallocate", **config):
 
 def fail_once(monkeypatch, error):
     """Let the last part of the next event raise an error, once."""
-    original, errors = engine.sync_config, [error]
+    original, errors = physical.sync_config, [error]
 
     def sync(*arguments):
         if errors:
             raise errors.pop()
         original(*arguments)
 
-    monkeypatch.setattr(engine, "sync_config", sync)
+    monkeypatch.setattr(physical, "sync_config", sync)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
@@ -163,18 +162,6 @@ def test_uneven_inputs_are_refused(processes):
     for ended in processes(2, work):
         assert isinstance(ended.error, RankFlowError), ended.told
         assert "with join() cannot follow" in str(ended.error)
-
-
-def test_sharded_parameters_are_refused(processes):
-    def work(number):
-        model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["first", "second"]))
-        fully_shard(model)
-        RankFlow(model, BUDGET, 10)
-
-    for ended in processes(2, work):
-        assert isinstance(ended.error, RankFlowError), ended.told
-        assert "are sharded" in str(ended.error)
-        assert "use DistributedDataParallel" in str(ended.error)
 
 
 # Gradients that differ

@@ -101,6 +101,18 @@ def norms_of(site: Site) -> Tensor:
     return measure_norms(site.layer, A, B, site.scale)
 
 
+def row_factor(site: Site) -> Tensor:
+    """Return the factor ``m / n`` of each output row, shape ``(out,)``, of a DoRA site.
+
+    Where the site has slots it is that of the event under way.
+    """
+    if site.slots is not None:
+        assert site.slots.row_factor is not None, "an event measures it first"
+        return site.slots.row_factor
+    assert site.magnitude is not None, "the site computes as LoRA"
+    return magnitude_factor(site.magnitude.detach(), norms_of(site))
+
+
 class FastLinear(DoraLinearVariant):
     """DoRA on linear layers, quantised ones and transformers' ``Conv1D`` included."""
 

@@ -75,6 +75,14 @@ class NormCache:
         return self._norms
 
 
+class FreshNorms:
+    """Norms that are measured at every call: a gathered parameter does not tell that it changed."""
+
+    def norms(self, layer: LoraLayer, adapter_name: str, A: Tensor, B: Tensor) -> Tensor:
+        """Return the norms of ``W + s B A``, shape ``(out,)``."""
+        return measure_norms(layer, A, B, layer.scaling[adapter_name])
+
+
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     """What changes when a tensor is written to in place, replaced, moved or converted."""
     version = 0 if tensor.is_inference() else tensor._version

@@ -48,12 +48,20 @@ def rebuild_factors(
             rows, columns = draw_unused(site, A, births, generator)
         gate = grow(stayed["gate"], 0, births)
         return {"A": torch.cat([A, rows]), "B": torch.cat([B, columns], dim=1), "gate": gate}
-    if site.kind == "embedding":  # PEFT starts embeddings at A = 0 and B of standard deviation 1
-        columns = (math.sqrt(B.shape[0]) * draw(B.flatten(1).T, births)).to(B)
+    if site.kind == "embedding":
+        columns = at_start_length(site, draw(B.flatten(1).T, births)).to(B)
         return {"A": grow(A, 0, births), "B": torch.cat([B, columns.T], dim=1)}
-    # PEFT draws A from U(-1/sqrt(in), 1/sqrt(in)): rows of norm 1/sqrt(3).
-    rows = (draw(A.flatten(1), births) / math.sqrt(3)).to(A).view(births, *A.shape[1:])
+    rows = at_start_length(site, draw(A.flatten(1), births)).to(A).view(births, *A.shape[1:])
     return {"A": torch.cat([A, rows]), "B": grow(B, 1, births)}
+
+
+def at_start_length(site: Site, rows: Tensor) -> Tensor:
+    """Give drawn rows of mean square length 1, ``(births, width)``, the length that PEFT starts at.
+
+    It draws A from U(-1/sqrt(in), 1/sqrt(in)), rows of norm 1/sqrt(3), and starts embeddings at
+    A = 0 and columns of B of standard deviation 1.
+    """
+    return rows * math.sqrt(rows.shape[1]) if site.kind == "embedding" else rows / math.sqrt(3)
 
 
 def rebuild_magnitude(

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from rankflow.adapters.dead import DeadVariant
 from rankflow.adapters.gate import GatedVariant, effective_B, find_gate, find_row_gate
+from rankflow.adapters.slots import Slots
 from rankflow.errors import SiteError
 from rankflow.records import BoolArray, SiteInfo, SiteKind
 from rankflow.specs.budget import MagnitudeMode
@@ -61,6 +62,10 @@ class Site:
         name: Module path from the base model's root.
         layer: PEFT's layer.
         adapter_name: The adapter that is steered.
+
+    Attributes:
+        slots: Where its components are, if its tensors keep their shapes; None where a tensor has
+            as many rows, or columns, as the site has components.
     """
 
     def __init__(self, name: str, layer: LoraLayer, adapter_name: str) -> None:
@@ -68,17 +73,22 @@ class Site:
         self.layer = layer
         self.adapter_name = adapter_name
         self.kind = _kind(name, layer, adapter_name)
+        self.slots: Slots | None = None
 
     @property
     def A(self) -> nn.Parameter:  # noqa: N802
-        """Right factor; its first axis is the rank."""
+        """Right factor; its first axis is the rank, or the slots."""
+        if self.slots is not None:
+            return self.slots.A
         if self.kind == "embedding":
             return self.layer.lora_embedding_A[self.adapter_name]
         return self.layer.lora_A[self.adapter_name].weight
 
     @property
     def B(self) -> nn.Parameter:  # noqa: N802
-        """Left factor; its second axis is the rank."""
+        """Left factor; its second axis is the rank, or the slots."""
+        if self.slots is not None:
+            return self.slots.B
         if self.kind == "embedding":
             return self.layer.lora_embedding_B[self.adapter_name]
         return self.layer.lora_B[self.adapter_name].weight
@@ -136,7 +146,13 @@ class Site:
     @property
     def rank(self) -> int:
         """Live components."""
-        return self.A.shape[0]
+        return self.A.shape[0] if self.slots is None else len(self.slots.live)
+
+    @property
+    def live_rows(self) -> Tensor:
+        """Rows that newborns stay away from: those of A; for an embedding the columns of B."""
+        factor = self.B.flatten(1).T if self.kind == "embedding" else self.A.flatten(1)
+        return factor.detach()
 
     @property
     def scale(self) -> float:
@@ -158,7 +174,24 @@ class Site:
         """Trainable adapter parameters held now."""
         magnitude = self.magnitude
         trained = sum(parameter.numel() for parameter in self.trained)
+        if self.slots is not None:
+            trained = self.rank * (self.in_features + self.out_features)
         return trained + (0 if magnitude is None else magnitude.numel())
+
+    def pieces(self, axis: int, first: int, count: int) -> list[tuple[int, int]]:
+        """Return where consecutive components lie in what this process holds of a factor.
+
+        Args:
+            axis: The factor's axis that runs over components.
+            first: The first component.
+            count: Number of components.
+
+        Returns:
+            First index and length of each stretch along the axis.
+        """
+        if self.slots is None:
+            return [(first, count)]
+        return self.slots.pieces(axis, first, count)
 
     def describe(
         self,

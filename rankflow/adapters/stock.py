@@ -81,12 +81,26 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
 
     It takes the place of the one that the model has, which belongs to the caller.
 
+    Args:
+        model: The model that gets the config.
+        adapter_name: The adapter.
+        sites: All of its sites.
+    """
+    config = stock_config(model, adapter_name, sites)
+    for site in sites:  # a state dict holds all magnitudes or none
+        site.layer.use_dora[site.adapter_name] = config.use_dora
+    model.peft_config[adapter_name] = config
+
+
+def stock_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> LoraConfig:
+    """Return a ``LoraConfig`` that states the ranks and scales of an adapter's sites.
+
     A dead LoRA site is left out, and a dead DoRA site is described with the one component of zeros
     that its state dict holds (see ``rankflow.adapters.state_dicts``). Where no site has a magnitude
     left, the adapter is plain LoRA.
 
     Args:
-        model: The model that gets the config.
+        model: The model.
         adapter_name: The adapter.
         sites: All of its sites.
     """
@@ -101,13 +115,11 @@ def sync_config(model: PeftModel, adapter_name: str, sites: Sequence[Site]) -> N
     config.target_modules = exact_targets(ranks, model.get_base_model())
     config.use_rslora = False
     config.use_dora = any(site.magnitude is not None for site in sites)
-    for site in sites:  # a state dict holds all magnitudes or none
-        site.layer.use_dora[site.adapter_name] = config.use_dora
     config.init_lora_weights = True  # some others demand an even rank when the adapter is loaded
     config.exclude_modules = None
     config.layers_to_transform = None
     config.layers_pattern = None
-    model.peft_config[adapter_name] = config
+    return config
 
 
 def exact_targets(names: Iterable[str], base: nn.Module) -> set[str] | str:

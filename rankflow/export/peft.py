@@ -17,7 +17,9 @@ from rankflow.export.check import check_adapter, judge_exact
 from rankflow.export.formats import find_format
 from rankflow.export.job import ExportJob
 from rankflow.export.options import ExportOptions
+from rankflow.export.sharded import write_sharded
 from rankflow.export.write import About, check_target, peft_layout, write_adapter
+from rankflow.resizing.sharding import is_sharded
 
 
 def export_adapter(
@@ -30,6 +32,8 @@ def export_adapter(
     options: ExportOptions | None = None,
 ) -> Path:
     """Write an adapter for other programs, wholly or not at all.
+
+    Under FSDP2 all processes have to call it, and the first one writes.
 
     What was written is loaded by its consumer's own loader and held against the live model before
     it gets its name; ``export_report.json`` tells how far the two are apart. The live model stays
@@ -55,6 +59,10 @@ def export_adapter(
     chosen, options = find_format(format), options or ExportOptions()
     options.check(chosen)
     sites = find_sites(model, adapter_name)
+    if is_sharded(model):
+        return write_sharded(
+            ExportJob(model, adapter_name, sites, Path(path), chosen, options, facts)
+        )
     _check_sites(sites, adapter_name)
     check_target(Path(path))
     module, function = chosen.home

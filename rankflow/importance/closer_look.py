@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from rankflow.adapters.sites import Site
+from rankflow.adapters.slots import local
 from rankflow.importance.finite import Owned, are_sound, name_sites
 
 
@@ -55,5 +56,5 @@ class CloserLook:
 
     def _note_gradient(self, owner: str | None, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            norm = torch.linalg.vector_norm(parameter.grad)
+            norm = torch.linalg.vector_norm(local(parameter.grad))
             self._gradients.append((owner, are_sound(norm)))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rankflow.adapters.slots import local
 from rankflow.errors import DivergenceError
 
 Owned = tuple[nn.Parameter, str | None]
@@ -14,13 +15,14 @@ Owned = tuple[nn.Parameter, str | None]
 def norms_of_all(tensors: Sequence[Tensor], home: torch.device) -> Tensor:
     """Return the Euclidean norm of each tensor, float32 on one device; does not wait for it.
 
-    A norm is six times faster on a CPU than the largest entry.
+    Of a sharded tensor it is the norm of what this process holds. A norm is six times faster on a
+    CPU than the largest entry.
 
     Args:
         tensors: At least one.
         home: The device.
     """
-    norms = torch._foreach_norm(list(tensors))
+    norms = torch._foreach_norm([local(t) for t in tensors])
     return torch.stack([n.to(home, torch.float32, non_blocking=True) for n in norms])
 
 

@@ -24,6 +24,8 @@ from rankflow.importance.rows import Rows
 class GateGradient:
     r"""The moving second moment of the gate gradient, :math:`E[T_i^2]`.
 
+    Of sharded factors it sees the rows that this process holds.
+
     Args:
         sites: The sites whose components are scored.
         decay: Decay of the average, in [0, 1).
@@ -31,8 +33,7 @@ class GateGradient:
 
     def __init__(self, sites: Sequence[Site], decay: float) -> None:
         self._rows = _smallest_factor(sites)
-        components = sum(site.rank for site in sites)
-        self._second_moment = ComponentAverage(components, decay, like=sites[0].A)
+        self._second_moment = ComponentAverage(sum(self._rows.ranks), decay, like=sites[0].A)
 
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Fold in one step's gradients, if ``accept``."""

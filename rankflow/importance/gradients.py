@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rankflow import processes
 from rankflow.adapters.sites import Site
+from rankflow.adapters.slots import local
 from rankflow.errors import RankFlowError
 from rankflow.importance.finite import Owned, are_sound, norms_of_all
 
@@ -112,7 +113,7 @@ class StepGradients:
             if gradient is not None:
                 if gradient.device not in refuse:
                     refuse[gradient.device] = (~accept).to(gradient.device, non_blocking=True)
-                gradient.masked_fill_(refuse[gradient.device], 0)
+                local(gradient).masked_fill_(refuse[gradient.device], 0)
 
     def _at_probes(self) -> tuple[Tensor, Tensor]:
         """Return the norm at the probes after backward and now; zeros if unknown."""
@@ -160,7 +161,7 @@ def _trained(site: Site) -> tuple[nn.Parameter, ...]:
 
 def _norm(gradient: Tensor | None) -> Tensor:
     assert gradient is not None  # the hooks run once it is there
-    return torch.linalg.vector_norm(gradient.detach().float())
+    return torch.linalg.vector_norm(local(gradient).float())
 
 
 def _total(norms: Sequence[Tensor], home: torch.device) -> Tensor:

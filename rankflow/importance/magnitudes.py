@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankflow.adapters.base_weight import is_zero_row, magnitude_factor
-from rankflow.adapters.dora import norms_of
+from rankflow.adapters.base_weight import is_zero_row
+from rankflow.adapters.dora import norms_of, row_factor
 from rankflow.adapters.sites import Site
 from rankflow.errors import SpecError
 from rankflow.importance.average import ComponentAverage
@@ -77,8 +77,7 @@ def change_of_magnitudes(sites: Sequence[Site]) -> Tensor:
     changes = torch.zeros(len(sites), device=sites[0].A.device)
     for s, site in enumerate(sites):
         if site.magnitude is not None:
-            factor = magnitude_factor(site.magnitude, norms_of(site))
-            changes[s].copy_((factor - 1).abs().mean(), non_blocking=True)
+            changes[s].copy_((row_factor(site) - 1).abs().mean(), non_blocking=True)
     return changes
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankflow.adapters.sites import Site
+from rankflow.adapters.slots import local
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,8 @@ class _Stack:
 class Rows:
     """The rows of one factor (A, B transposed, or the gates) of every site, stacked by width.
 
-    It remembers parameters, so make a new one after every resize.
+    It remembers parameters, so make a new one after every resize. Of sharded parameters it sees
+    what this process holds.
 
     Args:
         parameters: One tensor a site.
@@ -39,7 +41,7 @@ class Rows:
     ) -> None:
         self._parameters = tuple(parameters)
         self._as_rows = as_rows
-        shapes = [as_rows(p.detach()).shape for p in parameters]
+        shapes = [as_rows(local(p)).shape for p in parameters]
         self.ranks = [shape[0] for shape in shapes]
         self.widths = [shape[1] for shape in shapes]
         members: dict[tuple[torch.device, int], list[int]] = {}
@@ -68,7 +70,7 @@ class Rows:
 
     def weights(self) -> list[Tensor]:
         """Return the values, a float tensor ``(rows, width)`` for each width."""
-        return [self._stack(stack, lambda p: p.detach()) for stack in self._stacks]
+        return [self._stack(stack, local) for stack in self._stacks]
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients like ``weights``; a parameter without one counts as zero."""
@@ -110,4 +112,4 @@ class Rows:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return local(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)

@@ -33,8 +33,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from rankflow import processes
-from rankflow.adapters.base_weight import magnitude_factor
-from rankflow.adapters.dora import norms_of
+from rankflow.adapters.dora import row_factor
 from rankflow.adapters.savepoint import undone
 from rankflow.adapters.sites import Site
 from rankflow.adapters.weight_gradient import project
@@ -178,15 +177,14 @@ class GradientSketch:
         heads = found.gather(1, found.abs().argmax(dim=1, keepdim=True))
         return found * heads.sign()  # a singular vector is known up to its sign
 
-    def energy(self, *, outside: bool = False) -> Tensor:
+    def energy(self, live: Sequence[Tensor] | None = None) -> Tensor:
         r"""Estimate the largest singular value of each site's average gradient G.
 
         For a unit row a of A, :math:`s\, \sigma_1(G)` is the longest gradient that a newborn's b
         can receive.
 
         Args:
-            outside: Whether to leave out what the site's live rows of A span (embeddings: columns
-                of B).
+            live: For each site, rows whose span is left out, such as its live rows of A.
 
         Returns:
             Shape ``(S,)``, on the sites' device; 0 while the sketch is closed or has seen nothing.
@@ -197,8 +195,8 @@ class GradientSketch:
         largest = []
         for index, sketch in enumerate(self._sketches):
             core = self._core(index, sketch.right.device, sketch.right.dtype)
-            if outside:
-                core = _outside(core, _live_rows(self._sites[index]))
+            if live is not None:
+                core = _outside(core, live[index])
             largest.append(torch.linalg.matrix_norm(core, ord=2).to(home))
         return torch.stack(largest) / self._count.clamp_min(1)
 
@@ -255,9 +253,7 @@ class GradientSketch:
         Y, Z = torch.where(finite, Y, 0), torch.where(finite, Z, 0)
         Q, X = low_rank(Y, Z, sketch.left.to(device, dtype))
         if site.magnitude is not None:
-            norms = norms_of(site)
-            factor = magnitude_factor(site.magnitude.detach(), norms)
-            Q = Q * factor.to(device, dtype).unsqueeze(1)
+            Q = Q * row_factor(site).to(device, dtype).unsqueeze(1)
         if site.kind == "embedding":
             return torch.linalg.qr(X.T).R @ Q.T  # (k, out)
         return torch.linalg.qr(Q).R @ X  # (k, in)
@@ -323,11 +319,6 @@ def low_rank(Y: Tensor, Z: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     Q = torch.linalg.qr(Y).Q
     # The default driver on a CPU, gelsy, gives other last bits at every call.
     return Q, torch.linalg.lstsq(left.T @ Q, Z, driver="gels").solution
-
-
-def _live_rows(site: Site) -> Tensor:
-    rows = site.B.flatten(1).T if site.kind == "embedding" else site.A.flatten(1)
-    return rows.detach()
 
 
 def _outside(rows: Tensor, live: Tensor) -> Tensor:

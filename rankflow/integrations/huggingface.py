@@ -427,7 +427,7 @@ def _check_engine(args: TrainingArguments) -> None:
         raise RankFlowError(
             f"this Trainer trains under {getattr(engine, 'value', engine)}, where RankFlow cannot "
             "change ranks; use DistributedDataParallel: torchrun with one process for each device, "
-            "and neither fsdp nor deepspeed"
+            "and neither fsdp nor deepspeed. FSDP2 works in a loop of your own, with rf.RankFlow"
         )
 
 
