@@ -92,7 +92,7 @@ def train(kind, number=0, count=1, *, micro=1, options=None, first="engine", kee
         wrapper = DistributedDataParallel(model, **options or {})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     flow.attach(optimizer)
-    losses, ranks = [], []
+    losses, ranks, scores = [], [], []
     for step in range(STEPS):
         shares = zip(*(part.chunk(count * micro) for part in batch_of(step)), strict=True)
         mine = list(shares)[number * micro : (number + 1) * micro]
@@ -106,6 +106,7 @@ def train(kind, number=0, count=1, *, micro=1, options=None, first="engine", kee
             loss += part.detach()
         clip_grad_norm_(model.parameters(), 0.1)
         flow.observe()
+        scores.append(torch.cat([t.flatten() for t in flow._tracker.tensors().values()]))
         optimizer.step()
         optimizer.zero_grad(set_to_none=not keep_zeros)
         flow.step(optimizer)
@@ -118,6 +119,7 @@ def train(kind, number=0, count=1, *, micro=1, options=None, first="engine", kee
         "losses": losses,
         "ranks": ranks,
         "moved": moved,
+        "scores": scores,
         "prints": fingerprints(flow._sites, optimizer),
         "weights": [p.detach().clone() for p in model.parameters()],
     }
@@ -130,6 +132,9 @@ def assert_same_run(many, one):
         assert each["losses"] == pytest.approx(one["losses"], rel=TOLERANCE)
         assert each["prints"] == many[0]["prints"]
         assert all(map(torch.equal, each["weights"], many[0]["weights"]))
+        assert all(map(torch.equal, each["scores"], many[0]["scores"]))
+        for found, expected in zip(each["scores"], one["scores"], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max())
 
 
 def comes_back(ranks):
