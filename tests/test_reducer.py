@@ -102,6 +102,32 @@ def test_old_parameters_and_reducers_are_let_go(in_processes):
     assert all(in_processes(2, work))
 
 
+def test_a_job_of_one_process_may_have_a_wrapper_too(in_processes):
+    def work(number):
+        run = Run(number)
+        run.train()
+        return [event.ranks for event in run.flow.history]
+
+    (ranks,) = in_processes(1, work)
+    assert any(0 in each.values() for each in ranks)
+
+
+def test_a_job_that_begins_after_the_engine_is_refused(processes):
+    def work(number):
+        torch.manual_seed(0)
+        job = dist.group.WORLD
+        dist.group.WORLD = None
+        try:
+            run = Run(number, wrap=lambda model: model)
+        finally:
+            dist.group.WORLD = job
+        run.step(0)
+
+    for ended in processes(2, work):
+        assert isinstance(ended.error, RankFlowError), ended.told
+        assert "call torch.distributed.init_process_group first" in str(ended.error)
+
+
 # Hooks of the user's own
 
 

@@ -28,9 +28,7 @@ class Run:
 
     def __init__(self):
         torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 4)
-        )
+        layers = [nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 4)]
         config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0", "1", "2"])
         self.model = peft.get_peft_model(nn.Sequential(*layers), config)
         self.flow = RankFlow(self.model, BUDGET, STEPS)
