@@ -1,14 +1,19 @@
 """Every example runs, and says what it promises."""
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from rankflow.report.events import read_events
 from rankflow.specs.run import load_run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def _run(name: str) -> None:
@@ -135,6 +140,32 @@ def test_two_tasks_are_served_from_one_base_and_one_of_them_gets_better(capsys):
 
 def test_the_quickstarts_run_spec_loads():
     assert load_run(EXAMPLES / "quickstart" / "run.toml").budget.target
+
+
+def test_the_job_on_two_processes_moves_ranks_as_one_does(tmp_path):
+    """In a short form: 14 steps on fewer rows."""
+    short = {
+        "data.max_train_rows": 320,
+        "data.max_eval_rows": 32,
+        "train.max_steps": 14,
+        "train.warmup_steps": 3,
+        "train.use_cpu": "true",
+        "train.report_to": "none",
+        "budget.every": 0.1,
+    }
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rankflow"]
+    events = []
+    for name, starter, rows in (("one", ["rankflow"], 32), ("two", launch, 16)):
+        settings = {"train.per_device_train_batch_size": rows, "train.output_dir": tmp_path / name}
+        sets = [f"--set={key}={value}" for key, value in (short | settings).items()]
+        command = [sys.executable, "-m", *starter, "train", EXAMPLES / "ddp" / "run.toml", *sets]
+        ended = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        events.append(read_events(tmp_path / name / "events.jsonl"))
+    one, two = events
+    assert [event.ranks for event in one] == [event.ranks for event in two]
+    assert [event.magnitudes for event in one] == [event.magnitudes for event in two]
+    assert len({tuple(event.ranks.values()) for event in one}) > 2
 
 
 def test_the_picture_shows_what_is_needed_and_every_method(monkeypatch, tmp_path, capsys):
