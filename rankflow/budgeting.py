@@ -73,12 +73,15 @@ def resolve_budget(
             "with LoraConfig(use_dora=True) (in a run spec, use_dora = true under [adapter]), or "
             "leave the key out"
         )
-    for name, limit in (("target", target), ("start", start)):
-        _check_range(name, pools, limit)
+    given = "{} = {:g}".format(*spec.target)
+    _check_range(given, "target", pools, target)
+    _check_range(f"{given}, start = {spec.start:g}", "start", pools, start)
     scheduler = _make_scheduler(spec, sites, pools, start, target, total_steps)
     is_static = spec.schedule == "constant" and spec.policy in _BLIND
     if spec.policy == "frozen":  # it must also fit the least budget of the run
-        _start_ranks(scheduler.policy, pools, min(start, target))
+        frozen = _start_ranks(scheduler.policy, pools, min(start, target))
+        if not frozen.any() and not any(site.fixed_cost for site in pools):
+            raise BudgetError("ranks: all are 0, so that nothing is trained; give a site a rank")
     if spec.policy in _BLIND:
         start_ranks = _start_ranks(scheduler.policy, pools, start)
     else:
@@ -125,14 +128,15 @@ def target_parameters(
             return int(value // bytes_per_parameter)
 
 
-def _check_range(name: str, sites: Sequence[SiteInfo], limit: int) -> None:
+def _check_range(given: str, name: str, sites: Sequence[SiteInfo], limit: int) -> None:
     lowest, highest = feasible_range(sites)
     lowest = max(lowest, min(site.fixed_cost or site.component_cost for site in sites))
     if not lowest <= limit <= highest:
         raise BudgetError(
-            f"the {name} budget of {limit:,} parameters is out of reach: the {len(sites)} sites "
-            f"need at least {lowest:,} (their minimum ranks and magnitudes) and hold at most "
-            f"{highest:,} (their maximum ranks); choose a budget in between, or other bounds"
+            f"{given}: the {name} budget of {limit:,} parameters is out of reach: the "
+            f"{len(sites)} sites need at least {lowest:,} (their minimum ranks and magnitudes) "
+            f"and hold at most {highest:,} (their maximum ranks); choose a budget in between, or "
+            "other bounds"
         )
 
 

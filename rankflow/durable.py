@@ -59,7 +59,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with claim(path):
-        sweep(path.parent, glob.escape(path.name))
+        _sweep_folders(path.parent, glob.escape(path.name))
         temporary = temporary_folder(path)
         temporary.mkdir()
         try:
@@ -112,6 +112,8 @@ def claim(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
+        if not file.exists():  # it could not be made
+            raise PermissionError(errno.EACCES, "Permission denied", str(path.parent)) from error
         raise RankFlowError(
             f"{path} is being written by another process, which holds {file}; wait until it has "
             "ended, or name another folder"
@@ -126,18 +128,15 @@ def claim(path: Path) -> Iterator[None]:
 
 
 def sweep(parent: Path, names: str) -> None:
-    """Remove what crashed writings of folders left behind; nobody else may be writing them now.
+    """Remove what crashed writings of folders left behind; nobody may be writing them now.
 
     Args:
         parent: Where the folders are.
         names: What they were to be called, as a pattern of ``Path.glob``.
     """
-    for leftover in parent.glob(f".{names}{_MARK}*"):
-        path = parent / leftover.name[1:].partition(_MARK)[0]
-        if leftover.name.endswith(_MARK_OLD) and not path.exists():
-            leftover.rename(path)  # the crash fell between two renames
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
+    _sweep_folders(parent, names)
+    for lock in parent.glob(f".{names}.lock"):
+        lock.unlink(missing_ok=True)
 
 
 def seal(folder: Path) -> None:
@@ -174,12 +173,11 @@ def find_damage(folder: Path, only: str | None = None) -> str | None:
         return f"its {SUMS_FILE} cannot be read ({error})"
     for line in lines:
         expected, separator, name = line.partition("  ")
-        file = folder / name
-        is_inside = file.resolve().is_relative_to(folder.resolve())
-        if len(expected) != 64 or not separator or not is_inside:
+        if len(expected) != 64 or not separator or not _is_inside(folder, name):
             return f"its {SUMS_FILE} is damaged: {line[:80]!r}"
         if only not in (None, name):
             continue
+        file = folder / name
         try:
             found = _sum(file)
         except OSError as error:
@@ -194,6 +192,22 @@ def is_failed_write(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in _FULL
     return any(sign in str(error) for sign in _FAILED_WRITES)
+
+
+def _sweep_folders(parent: Path, names: str) -> None:
+    for leftover in parent.glob(f".{names}{_MARK}*"):
+        path = parent / leftover.name[1:].partition(_MARK)[0]
+        if leftover.name.endswith(_MARK_OLD) and not path.exists():
+            leftover.rename(path)  # the crash fell between two renames
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # a name that is none
+        return False
 
 
 def _files(folder: Path) -> list[Path]:

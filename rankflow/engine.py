@@ -55,7 +55,6 @@ from rankflow.records import (
     RankEvent,
     RankPlan,
 )
-from rankflow.reducer import Reducer
 from rankflow.resizing.choose import choose_resizer
 from rankflow.specs.budget import BudgetSpec
 from rankflow.tracking import Tracker
@@ -174,7 +173,6 @@ class RankFlow:
         self._bad_steps = BadSteps(self._sites, max_bad_steps)
         self._fair_start = FairStart(self._sites)
         self._growth = Growth(budget, self._sites, self.resolved)
-        self._reducer = Reducer(model)
         if resume is None:
             ranks, magnitudes = self.resolved.start_ranks, self.resolved.start_magnitudes
             newborns = self._growth.newborns(0)
@@ -236,13 +234,16 @@ class RankFlow:
         Raises:
             DivergenceError: ``max_bad_steps`` steps in a row were bad; the message names the first
                 of them, and the site where numbers ceased to be finite.
-            RankFlowError: No adapter parameter has a gradient.
+            RankFlowError: No adapter parameter has a gradient, or processes of the job have
+                different ones.
         """
+        is_known = self._resizer.check_gradients(self._steps + 1)
         reading = self._gradients.read(loss_scale)
+        unclip = reading.unclip if is_known else torch.ones_like(reading.unclip)
         is_finite = _is_finite(loss, like=reading.accept)
         self._accept = reading.accept & is_finite
         if not self.resolved.is_static:
-            self._tracker.observe(reading.unclip, self._accept)
+            self._tracker.observe(unclip, self._accept)
             self._growth.sketch.observe(self._accept, loss_scale)
         self._observed += 1
         step = self._steps + 1
@@ -398,7 +399,7 @@ class RankFlow:
         self._fair_start.close()
         self._growth.sketch.close()
         self._bad_steps.close()
-        self._reducer.close()
+        self._resizer.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain values and tensors.
@@ -474,7 +475,6 @@ class RankFlow:
         self._tracker = Tracker(self.budget, self._sites, self.resolved.sites, scorers)
         self._fair_start.restart()
         self._gradients.watch(self._sites)
-        self._reducer.invalidate()
         self._optimizer = None
 
     def _draw_components(self) -> None:
@@ -501,7 +501,7 @@ class RankFlow:
             event = describe(table, plan, len(self.history), self._steps, self._limit, seconds)
             assert event.spent == self.spent <= self._limit, "surgery and plan disagree on the cost"
             self.history.append(event)
-        return event
+            return event
 
     def _check_event(self) -> None:
         check_trainable(self.model, self.adapter_name, self._sites)  # another may be active now
@@ -514,7 +514,6 @@ class RankFlow:
         self._tracker.follow(table, plan)
         self._fair_start.follow(plan)
         self._gradients.watch(self._sites)
-        self._reducer.invalidate()
 
     def _publish(self, event: RankEvent | None) -> None:
         if event is not None:

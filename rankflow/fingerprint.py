@@ -1,6 +1,6 @@
 """One number for each site that tells adapters apart which differ in a single bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,16 +22,32 @@ def fingerprints(sites: Sequence[Site], optimizer: Optimizer | None) -> list[int
         sites: The sites.
         optimizer: The optimizer that trains them, or None.
     """
+    return _read(sites, [_state(site, optimizer) for site in sites])
+
+
+@torch.no_grad()
+def gradient_fingerprints(sites: Sequence[Site]) -> list[int]:
+    """Return such a number for the gradients of each site, 0 where there is none.
+
+    Args:
+        sites: The sites.
+    """
+    gradients = [[p.grad for p in site.named_parameters.values()] for site in sites]
+    return _read(sites, [[g for g in parts if g is not None] for parts in gradients])
+
+
+def _read(sites: Sequence[Site], tensors: Sequence[Iterable[Tensor]]) -> list[int]:
     home = sites[0].A.device
+    nothing = torch.zeros((), dtype=torch.int64, device=home)
     sums = []
-    for site in sites:
-        parts = [_sum(t).to(home, non_blocking=True) for t in _tensors(site, optimizer)]
-        sums.append(_sum(torch.stack(parts)))
+    for of_site in tensors:
+        parts = [_sum(tensor).to(home, non_blocking=True) for tensor in of_site]
+        sums.append(_sum(torch.stack(parts)) if parts else nothing)
     found: list[int] = torch.stack(sums).tolist()
     return found
 
 
-def _tensors(site: Site, optimizer: Optimizer | None) -> Iterator[Tensor]:
+def _state(site: Site, optimizer: Optimizer | None) -> Iterator[Tensor]:
     yield torch.tensor(site.rank, device=site.A.device)
     for parameter in site.named_parameters.values():
         yield parameter

@@ -7,6 +7,7 @@ not come is named.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -146,28 +147,25 @@ def in_all(work: Callable[[], T], what: str) -> T:
     return result
 
 
-def check_equal(values: Sequence[int], names: Sequence[str], what: str) -> None:
-    """Check that all processes have the same values.
+def first_difference(values: Sequence[int], what: str) -> tuple[int, str] | None:
+    """Tell where the processes do not have the same values.
 
     Args:
-        values: One value for each name.
-        names: What the values are of.
-        what: What was done before, as the subject of a sentence.
+        values: This process's, as many as the others have.
+        what: What is being done, as the subject of a sentence.
+
+    Returns:
+        The first index at which they differ, and the processes that differ from the first one; None
+        if they are equal.
 
     Raises:
-        RankFlowError: A value differs; the message has its name, and the processes.
+        RankFlowError: A process did not take part.
     """
-    rows = gather(list(values), what)
-    for index, name in enumerate(names):
-        column = [row[index] for row in rows]
-        others = [number for number, value in enumerate(column) if value != column[0]]
+    for index, column in enumerate(zip(*gather(list(values), what), strict=True)):
+        others = [str(number) for number, value in enumerate(column) if value != column[0]]
         if others:
-            raise RankFlowError(
-                f"{what} left different adapters: at site {name!r} the ranks, parameters or "
-                f"optimizer state of process {', '.join(map(str, others))} are not those of "
-                "process 0; give all processes the same seed, model, budget and versions, wrap the "
-                "model in DistributedDataParallel, and resume from the last checkpoint"
-            )
+            return index, ", ".join(others)
+    return None
 
 
 def wait_for_all(what: str) -> None:
@@ -178,18 +176,30 @@ def wait_for_all(what: str) -> None:
     """
     if are_several():
         with _together(what):
-            dist.monitored_barrier(_hosts(), wait_all_ranks=True)
+            dist.monitored_barrier(_hosts(), _patience(_job()), wait_all_ranks=True)
 
 
-@lru_cache(maxsize=1)
-def _group_of(job: dist.ProcessGroup) -> dist.ProcessGroup:
-    return job if dist.get_backend(job) == "gloo" else dist.new_group(backend="gloo")
+def _job() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None  # there are several processes
+    return dist.group.WORLD
 
 
 def _hosts() -> dist.ProcessGroup:
     """Return a group of all processes that talks between hosts, not devices."""
-    assert dist.group.WORLD is not None  # there are several processes
-    return _group_of(dist.group.WORLD)
+    return _host_group(_job())
+
+
+@lru_cache(maxsize=1)
+def _host_group(job: dist.ProcessGroup) -> dist.ProcessGroup:
+    if dist.get_backend(job) == "gloo":
+        return job
+    return dist.new_group(backend="gloo", timeout=_patience(job))
+
+
+def _patience(job: dist.ProcessGroup) -> timedelta:
+    """Return how long processes of the job wait for each other; torch's own default is longer."""
+    timeout: timedelta = job._get_backend(job._device_types[0]).options._timeout
+    return timeout
 
 
 @contextmanager

@@ -174,6 +174,7 @@ def test_the_next_writing_brings_back_what_a_crash_between_two_renames_hid(tmp_p
 def test_sweeping_leaves_what_is_called_otherwise(tmp_path):
     for name in (".step-1.tmp.new", ".step-22.tmp.new", ".stop-1.tmp.new", "step-3", ".step-1"):
         (tmp_path / name).mkdir()
+    (tmp_path / ".step-3.lock").touch()
     sweep(tmp_path, "step-*")
     assert names(tmp_path) == [".step-1", ".stop-1.tmp.new", "step-3"]
 
@@ -289,6 +290,7 @@ def test_a_folder_that_was_never_sealed_is_told(tmp_path):
         (b"0123  weights\n", "is damaged: '0123  weights'"),
         (b"a" * 64 + b" weights\n", "is damaged"),
         (b"a" * 64 + b"  ../outside\n", "is damaged"),
+        (b"a" * 64 + b"  out\0side\n", "is damaged"),
         (b"a" * 64 + b"  /etc/hostname\n", "is damaged"),
         (b"\xff\xfe", "cannot be read"),
     ],

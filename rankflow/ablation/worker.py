@@ -35,7 +35,7 @@ from rankflow.errors import BudgetError
 from rankflow.quiet import quiet_libraries
 from rankflow.specs.ablation import AblationSpec
 from rankflow.training.adapter import add_adapter
-from rankflow.training.plan import count_steps
+from rankflow.training.run_budget import count_steps
 
 _ROUNDS: Final = 9  # of interleaved forward passes
 

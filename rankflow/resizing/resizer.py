@@ -70,6 +70,16 @@ class Resizer(Protocol):
             What ``Tracker.survey`` takes, equal in all processes.
         """
 
+    def check_gradients(self, step: int) -> bool:
+        """Check the gradients of a step, once after each resize.
+
+        Returns:
+            Whether they were averaged over the processes within backward.
+
+        Raises:
+            RankFlowError: Processes that hold copies have different ones.
+        """
+
     def resize(self, plan: RankPlan, optimizer: Optimizer | None, newborns: Newborns) -> None:
         """Carry out a plan on the sites and on the optimizer's state; waits for no process."""
 
@@ -87,3 +97,6 @@ class Resizer(Protocol):
         self, optimizer: Optimizer | None, what: str
     ) -> AbstractContextManager[None]:
         """Put values back that were overwritten if the block does not come to its end."""
+
+    def close(self) -> None:
+        """Leave the model alone."""

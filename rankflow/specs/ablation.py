@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat
 
 from rankflow.specs.ablation_task import SOURCES, TaskSpec, check_tasks
+from rankflow.specs.budget import Factor, Size
 from rankflow.specs.overrides import apply_overrides
 from rankflow.specs.reading import (
     ABSENT,
     Fault,
+    Seed,
     Spec,
     SpecT,
     Table,
@@ -35,7 +37,7 @@ def _list_seeds(seeds: object) -> object:
     if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
         return tuple(range(seeds))
     listed = tuple(seeds) if isinstance(seeds, list | tuple) else ()
-    if not listed or not all(type(seed) is int and seed >= 0 for seed in listed):
+    if not listed or not all(type(seed) is int and 0 <= seed < 2**32 for seed in listed):
         raise ValueError("must be a number of seeds, or a list of seeds of 0 or more")
     return tuple(dict.fromkeys(listed))
 
@@ -63,8 +65,8 @@ class BudgetPoint(Spec):
         seeds: The seeds, or their number (0, 1, ...); None for the ablation's.
     """
 
-    rank: PositiveFloat | None = None
-    params: PositiveInt | None = None
+    rank: Factor | None = None
+    params: Size | None = None
     seeds: Seeds | None = None
 
     @property
@@ -98,9 +100,7 @@ class TuningSpec(Spec):
         enabled: False takes the first rate of each method as it is.
     """
 
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
-        default_factory=lambda: [100]
-    )
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [100])
     rates: list[PositiveFloat] = Field(default_factory=list)
     scalings: bool = True
     widest: Annotated[float, Field(ge=1)] = 16.0

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
 from rankflow.errors import SpecError
 from rankflow.specs.reading import (
     ABSENT,
     Fault,
+    Seed,
     Spec,
     check,
     check_keys,
@@ -57,7 +58,10 @@ def _valid_pattern(pattern: str) -> str:
     return pattern
 
 
-Duration = Annotated[float, AfterValidator(_fraction_or_whole)]
+# No model comes near these; what lies above does not fit the numbers that it is reckoned with.
+Factor = Annotated[float, Field(gt=0, lt=1e9)]
+Size = Annotated[int, Field(gt=0, lt=2**60)]
+Duration = Annotated[float, Field(lt=1e15), AfterValidator(_fraction_or_whole)]
 Pattern = Annotated[str, AfterValidator(_valid_pattern)]
 
 
@@ -120,12 +124,12 @@ class BudgetSpec(Spec):
         description: One line for people.
     """
 
-    rank: PositiveFloat | None = None
-    params: PositiveInt | None = None
+    rank: Factor | None = None
+    params: Size | None = None
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    bytes: PositiveInt | None = None
+    bytes: Size | None = None
 
-    start: PositiveFloat = 1.0
+    start: Factor = 1.0
     schedule: Schedule = "constant"
     stages: PositiveInt = 4
     warmup: Annotated[Duration, Field(ge=0)] = 0.1
@@ -151,7 +155,7 @@ class BudgetSpec(Spec):
     bounds: dict[Pattern, RankBounds] = Field(default_factory=dict)
     ranks: dict[Pattern, NonNegativeInt] = Field(default_factory=dict)
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     description: str = ""
 
     @property
@@ -226,6 +230,10 @@ class BudgetSpec(Spec):
                 "min_rank must not exceed max_rank",
             )
         for pattern, bounds in self.bounds.items():
+            if bounds == RankBounds():
+                yield Fault(
+                    {dotted("bounds", pattern): {}}, "bounds nothing; set min_rank or max_rank"
+                )
             low, high = self._merge(bounds)
             if high is not None and low > high:
                 yield Fault(
@@ -316,6 +324,11 @@ def find_budget(preset_or_path: str | Path) -> Path:
     Raises:
         SpecError: It is neither a path nor a preset's name.
     """
+    if not isinstance(preset_or_path, str | Path):
+        raise SpecError(
+            "a budget is a preset's name or a path, and this is of type "
+            f"{type(preset_or_path).__name__}; keys go by name, as in load_budget('hybrid', rank=8)"
+        )
     if isinstance(preset_or_path, Path) or is_path(preset_or_path):
         return Path(preset_or_path)
     presets = list_budgets()

@@ -13,15 +13,18 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar, get_args
+from typing import Annotated, Any, Final, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from rankflow.errors import SpecError
 
 Table = dict[str, Any]
 """A TOML table as it was read."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every library that draws at random takes."""
 
 ABSENT: Final = object()
 """Stands for the value of a key that was not given."""

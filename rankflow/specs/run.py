@@ -8,10 +8,11 @@ and every fault of the file reported, before a model or a data set is touched.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt
 
 from rankflow.specs.budget import TARGETS, BudgetSpec, is_path, read_budget
 from rankflow.specs.external import check_adapter, check_train
@@ -19,6 +20,7 @@ from rankflow.specs.overrides import apply_overrides
 from rankflow.specs.reading import (
     ABSENT,
     Fault,
+    Seed,
     Spec,
     Table,
     check,
@@ -70,7 +72,7 @@ def _are_data(files: tuple[Path, ...]) -> tuple[Path, ...]:
         if file.suffix not in FILE_TYPES:
             raise ValueError(f"{file} must end in one of {', '.join(FILE_TYPES)}")
         if not file.is_file():
-            raise ValueError(f"no such file: {file}")
+            raise ValueError(f"no such file: {file}; name one that exists")
     return files
 
 
@@ -78,7 +80,11 @@ def _as_template(value: object) -> object:
     if not isinstance(value, str | Path):
         raise ValueError("must be a file with a chat template (Jinja)")
     if not Path(value).is_file():
-        raise ValueError(f"no such file: {value}")
+        raise ValueError(f"no such file: {value}; name a file with a chat template")
+    try:
+        Path(value).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{value} is not UTF-8: {error.reason}; save it as UTF-8") from None
     return Path(value)
 
 
@@ -193,6 +199,16 @@ class DataSpec(Spec):
             yield Fault({"loss_on": self.loss_on}, "only messages have turns; set messages too")
         if self.config is not None and self.name in (None, BUILT_IN_DATA):
             yield Fault({"config": self.config}, "only a hub id has configurations; remove it")
+        for key in ("validation", "test"):
+            again = [file for file in getattr(self, key) or () if file in (self.train or ())]
+            if again:
+                yield Fault(
+                    {f"{key}": again, "train": self.train},
+                    "what a model was trained on does not judge it; name files with other rows, or "
+                    f"leave {key} out",
+                )
+        if self.train is not None and len(set(self.train)) < len(self.train):
+            yield Fault({"train": self.train}, "names a file twice; name each once")
         if self.validation is not None and "validation_fraction" in self.model_fields_set:
             yield Fault(
                 {"validation_fraction": self.validation_fraction, "validation": self.validation},
@@ -226,7 +242,7 @@ class _Document(Spec):
     """The top of a run file; its tables are not looked into yet."""
 
     name: Annotated[str, Field(pattern=r"^\w[^/\\]*$")]
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     model: Table = Field(description="add [model] with name and task")
     data: Table = Field(description="add [data] with name or train")
     adapter: Table = Field(default_factory=dict)
@@ -339,6 +355,7 @@ def check_columns(tables: Mapping[str, Table]) -> Iterator[Fault]:
             )
     if task == _NEEDS_TARGET and "data" in tables and "target" not in data:
         yield Fault({"data.target": ABSENT} | model, "missing; set it to the column of the outputs")
+    yield from _same_columns(task, data)
     if data.get("name") == BUILT_IN_DATA and task not in _DOCSTRING_TASKS:
         yield Fault(
             {"data.name": BUILT_IN_DATA} | model,
@@ -351,12 +368,35 @@ def check_columns(tables: Mapping[str, Table]) -> Iterator[Fault]:
                     {"data.name": BUILT_IN_DATA, f"data.{key}": data[key]},
                     f"it has no {what}; remove {key}, or name files",
                 )
+    smoothing = tables.get("train", {}).get("label_smoothing_factor", 0)
+    pooling = tables["model"].get("pooling", "model")
+    if smoothing and pooling != "model":
+        yield Fault(
+            {"train.label_smoothing_factor": smoothing, "model.pooling": pooling},
+            "a classifier that pools has a loss without smoothing; set pooling = 'model', or "
+            "remove label_smoothing_factor",
+        )
     template = tables["model"].get("chat_template")
     if template is not None and "messages" not in data:
         yield Fault(
             {"model.chat_template": template, "data.messages": ABSENT},
             "the template is for messages; set data.messages, or remove it",
         )
+
+
+def _same_columns(task: str, data: Table) -> Iterator[Fault]:
+    """Faults of a column that is read twice; the defaults count too."""
+    keys = [
+        "messages" if "messages" in data else "text",
+        *(k for k in _COLUMNS[task] if k != "messages"),
+    ]
+    columns = {key: data.get(key, DataSpec.model_fields[key].default) for key in keys}
+    for first, second in combinations(columns, 2):
+        if columns[first] is not None and columns[first] == columns[second]:
+            yield Fault(
+                {f"data.{key}": columns[key] for key in (first, second)},
+                "one column cannot be both; name two columns",
+            )
 
 
 def _assemble(document: _Document, sections: Mapping[str, Any]) -> RunSpec:

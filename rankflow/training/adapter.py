@@ -1,5 +1,6 @@
 """Put the stock PEFT adapter of a run on its base model."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import nn
 
 from rankflow.adapters.stock import check_initialisation
 from rankflow.errors import SpecError, brief
+from rankflow.specs.budget import match_pattern
+from rankflow.specs.reading import suggest
 from rankflow.specs.run import ModelSpec
 from rankflow.training.models import BaseModel
 
@@ -37,12 +40,35 @@ def add_adapter(base: BaseModel, spec: ModelSpec | None, adapter: Mapping[str, A
     name = f"'{spec.name}'" if spec is not None else type(base.model).__name__
     try:
         return get_peft_model(base.model, config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError, ImportError, re.error) as error:
         raise SpecError(
             f"[adapter]: PEFT refuses it: {brief(error)}; target_modules = "
             f"{adapter.get('target_modules')!r}, and the linear modules of {name} are called "
             f"{', '.join(sorted(linear))}"
         ) from error
+
+
+def check_names(model: PeftModel, adapter: Mapping[str, Any]) -> None:
+    """Refuse names and patterns of which PEFT finds no module, while it finds some of others.
+
+    Args:
+        model: The model with the adapter on it.
+        adapter: The run's ``[adapter]``.
+
+    Raises:
+        SpecError: There is one.
+    """
+    sites = model.base_model.targeted_module_names
+    modules = [name for name, _ in model.base_model.model.named_modules()]
+    places = {"target_modules": sites, "rank_pattern": sites, "alpha_pattern": sites}
+    for key, names in (places | {"modules_to_save": modules}).items():
+        given = adapter.get(key) or ()
+        for pattern in () if isinstance(given, str) else given:
+            if not any(match_pattern([pattern], name) for name in names):
+                endings = {name.rpartition(".")[2] for name in names}
+                raise SpecError(
+                    f"[adapter] {key}: no module is called '{pattern}'; {suggest(pattern, endings)}"
+                )
 
 
 def task_type(spec: ModelSpec | None) -> TaskType | None:

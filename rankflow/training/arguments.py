@@ -1,13 +1,15 @@
 """The training arguments of a run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 
 from rankflow.errors import SpecError, brief
+from rankflow.specs.reading import suggest
 from rankflow.specs.run import RunSpec
 
 
@@ -26,21 +28,51 @@ def make_arguments(spec: RunSpec) -> TrainingArguments:
         "prediction_loss_only": is_language_model,  # logits over a vocabulary would fill memory
     }
     with refusals():
-        return TrainingArguments(**defaults | spec.train)
+        args = TrainingArguments(**defaults | spec.train)
+    _check_metric(args, ("loss",) if is_language_model else ("accuracy", "loss", "nll"))
+    return args
+
+
+def check_optimizer(args: TrainingArguments, model: PreTrainedModel | PeftModel) -> None:
+    """Refuse an optimizer or a schedule that could not be made when training begins.
+
+    Raises:
+        SpecError: transformers refuses it, or something that it needs is not there.
+    """
+    with refusals(f" optim = '{args.optim}', optim_args = '{args.optim_args or ''}'"):
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    name, settings = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    with refusals(f" lr_scheduler_type = '{name}', lr_scheduler_kwargs = {settings}"):
+        get_scheduler(
+            name,
+            torch.optim.SGD([torch.zeros(1)]),
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=settings,
+        )
+
+
+def _check_metric(args: TrainingArguments, measured: Sequence[str]) -> None:
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in measured:
+        raise SpecError(
+            f"[train] metric_for_best_model = '{metric}': it is not measured; "
+            f"{suggest(metric, measured)} Measured are {', '.join(measured)}"
+        )
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals(keys: str = "") -> Iterator[None]:
     """Turn what transformers refuses of ``[train]`` into an error of the spec."""
     try:
         yield
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise refusal(error) from error
+    except (ValueError, TypeError, ImportError, RuntimeError, OverflowError) as error:
+        raise refusal(error, keys) from error
 
 
-def refusal(error: Exception) -> SpecError:
+def refusal(error: Exception, keys: str = "") -> SpecError:
     """Return the error of a spec whose ``[train]`` transformers refuses."""
     return SpecError(
-        f"[train]: transformers refuses it: {brief(error)}; change or remove the key that asks "
-        "for it"
+        f"[train]{keys}: transformers refuses it: {brief(error)}; change or remove the key that "
+        "asks for it"
     )

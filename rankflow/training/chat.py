@@ -18,7 +18,7 @@ from typing import Any, Final
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rankflow.errors import RankFlowError, SpecError, excerpt
+from rankflow.errors import RankFlowError, SpecError, brief, excerpt
 from rankflow.specs.run import LossOn
 from rankflow.training.messages import LEARNER, Message
 
@@ -155,7 +155,9 @@ class Conversation:
                 **self._names,
             )
         except Exception as error:  # a template raises what its filters raise
-            raise self._error(f"it fails: {error}") from error
+            raise self._error(
+                f"it fails: {brief(error)}; mend it, or name another under [model] chat_template"
+            ) from error
         return texts[0], marks[0] if marks else []
 
     def _error(self, what: str) -> RankFlowError:

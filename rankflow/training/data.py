@@ -14,7 +14,7 @@ seq2seq-lm               ``text`` and ``target``
 =======================  ================================================================
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from rankflow.specs.reading import suggest
 from rankflow.specs.run import DataSpec, Task
 from rankflow.training.labels import encode_labels
 from rankflow.training.messages import check_messages
-from rankflow.training.sources import Split, load_sources
+from rankflow.training.sources import Split, load_sources, tell_type
 
 # Fixed, and not the training seed: runs that differ in their seed must share their rows.
 _ROW_SEED = 0
@@ -62,25 +62,23 @@ def load_data(spec: DataSpec, task: Task) -> TaskData:
     """
     columns = columns_of(spec, task)
     splits = {name: _pick_columns(split, columns) for name, split in load_sources(spec).items()}
-    for name, split in splits.items():
-        _check_rows(split, columns, spec, words=task == "token-classification")
-        if name == "train" and len(split.rows) < 2:
-            raise RankFlowError(f"{split.origin}: one row only; training needs at least two")
+    words = task == "token-classification"
+    for split in splits.values():
+        _check_rows(split, columns, spec, words=words)
+    if len(splits["train"].rows) < 2:
+        raise RankFlowError(f"{splits['train'].origin}: one row only; training needs at least two")
     labels: tuple[str, ...] = ()
     if "label" in columns:
-        splits, labels = encode_labels(splits, columns["label"])
+        splits, labels = encode_labels(splits, columns["label"], words=words)
     rows = _with_validation({name: split.rows for name, split in splits.items()}, spec)
     limits = {"train": spec.max_train_rows}
-    return TaskData(
-        DatasetDict(
-            {
-                name: draw_rows(rows[name], limits.get(name, spec.max_eval_rows))
-                for name in ("train", "validation", "test")
-                if name in rows
-            }
-        ),
-        labels,
-    )
+    drawn = {
+        name: draw_rows(rows[name], limits.get(name, spec.max_eval_rows))
+        for name in ("train", "validation", "test")
+        if name in rows
+    }
+    _check_remainder(splits["train"], drawn["train"], spec)
+    return TaskData(DatasetDict(drawn), labels)
 
 
 def columns_of(spec: DataSpec, task: Task) -> dict[str, str]:
@@ -100,7 +98,7 @@ def _pick_columns(split: Split, columns: Mapping[str, str]) -> Split:
         if column not in present:
             raise SpecError(
                 f"[data] {role} = '{column}': {split.origin} has no such column; "
-                f"{suggest(column, present)}"
+                f"{suggest(column, present)} It has {', '.join(map(repr, present))}"
             )
     picked = split.rows.select_columns(list(columns.values()))
     return Split(picked.rename_columns({c: role for role, c in columns.items()}), split.origin)
@@ -127,13 +125,19 @@ def _check_strings(split: Split, role: str, column: str, *, words: bool) -> None
         if isinstance(feature, List) and not words:
             expected += "; lists of messages go under [data] messages"
         raise RankFlowError(
-            f"{split.origin}: column '{column}' holds {feature}; [data] {role} needs {expected}"
+            f"{split.origin}: column '{column}' holds {tell_type(feature)}; [data] {role} needs "
+            f"{expected}"
         )
     for row, value in enumerate(split.rows[role], start=1):
         if value is None or (words and None in value):
             raise RankFlowError(
                 f"{split.origin}: row {row} has no text in column '{column}'; remove such rows"
             )
+    if not any(" ".join(value).strip() if words else value.strip() for value in split.rows[role]):
+        raise RankFlowError(
+            f"{split.origin}: column '{column}' is empty in all rows; name another under [data] "
+            f"{role}"
+        )
 
 
 def _check_lengths(split: Split, columns: Mapping[str, str]) -> None:
@@ -145,6 +149,23 @@ def _check_lengths(split: Split, columns: Mapping[str, str]) -> None:
                 f"{split.origin}: row {row} has {len(words)} words in column '{columns['text']}' "
                 f"and {received} labels in column '{columns['label']}'; each word needs one label"
             )
+
+
+def _check_remainder(source: Split, train: Dataset, spec: DataSpec) -> None:
+    """Refuse to train on what cannot be learned from, after some rows were held out or left out."""
+    labels = train["label"] if "label" in train.column_names else None
+    if len(train) < 2 or (labels is not None and not _differ(labels)):
+        raise RankFlowError(
+            f"{source.origin}: of {len(source.rows)} rows {len(train)} are left to train on, and "
+            f"at least two are needed{' that differ in their class' if labels else ''}; add rows, "
+            f"or change [data] validation_fraction = {spec.validation_fraction} or max_train_rows "
+            f"= {spec.max_train_rows}"
+        )
+
+
+def _differ(labels: Iterable[int | list[int]]) -> bool:
+    """Whether there are two classes among the labels, of texts or of words."""
+    return len({c for label in labels for c in (label if isinstance(label, list) else [label])}) > 1
 
 
 def _with_validation(rows: dict[str, Dataset], spec: DataSpec) -> dict[str, Dataset]:

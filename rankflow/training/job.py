@@ -7,15 +7,16 @@ import torch
 from datasets import DatasetDict
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from rankflow.specs.run import ModelSpec, RunSpec
-from rankflow.training.adapter import add_adapter
+from rankflow.training.adapter import add_adapter, check_names
 from rankflow.training.baseline import Baseline, fit_baseline
 from rankflow.training.data import TaskData, load_data
 from rankflow.training.head import start_head
-from rankflow.training.models import BaseModel, check_length, load_base_model
+from rankflow.training.models import BaseModel, build_meta_model, check_length, load_base_model
 from rankflow.training.pooling import TokenPooling
+from rankflow.training.run_budget import resolve_run_budget
 from rankflow.training.tokens import IGNORED, Collator, make_collator, tokenize
 
 
@@ -41,11 +42,18 @@ class Job:
     baseline: dict[str, float]
 
 
-def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
+def prepare(spec: RunSpec, args: TrainingArguments, console: Console) -> Job:
     """Load data and model, fit the baseline, and put the adapter on.
+
+    Args:
+        spec: The run.
+        args: Its training arguments.
+        console: Where to draw.
 
     Raises:
         SpecError: The spec names something that does not exist or does not fit.
+        BudgetError: The budget does not fit the sites or the steps.
+        SiteError: The adapter cannot be steered.
         RankFlowError: Rows, checkpoint or tokenizer are not fit for the task.
     """
     with console.status("reading the rows"):
@@ -58,7 +66,8 @@ def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
     for line in _describe_tokens(spec, data, splits):
         console.print(f"tokens      {line}", highlight=False, soft_wrap=True)
     collate = make_collator(base.tokenizer, spec.model.task)
-    base.model.to(device)
+    base.model.to(args.device)
+    _check_budget(spec, args, data, splits)
     baseline: dict[str, float] = {}
     if data.labels:
         with console.status("fitting a head on the frozen encoder"):
@@ -68,6 +77,17 @@ def prepare(spec: RunSpec, device: torch.device, console: Console) -> Job:
             start_head(base, fitted.head)
     model = add_adapter(base, spec.model, spec.adapter)
     return Job(data, splits, model, base.tokenizer, collate, baseline)
+
+
+def _check_budget(
+    spec: RunSpec, args: TrainingArguments, data: TaskData, splits: DatasetDict
+) -> None:
+    """Refuse an adapter or a budget that does not fit, before anything is fitted or written."""
+    with torch.random.fork_rng(devices=[]):  # what the adapter draws here is not trained
+        base = build_meta_model(spec.model, data.labels)
+        model = add_adapter(base, spec.model, spec.adapter)
+    check_names(model, spec.adapter)
+    resolve_run_budget(spec.budget, model, splits["train"], args)
 
 
 def load_model(spec: RunSpec, data: TaskData) -> tuple[BaseModel, DatasetDict]:

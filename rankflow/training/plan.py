@@ -4,31 +4,28 @@ The model is built on the ``meta`` device, which stores shapes and no numbers, s
 fits no machine at hand can be planned; its memory is that of two steps on fake tensors.
 """
 
-import math
 from dataclasses import replace
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from transformers import TrainingArguments
 
 from rankflow.adapters.base_weight import count_base_parameters
-from rankflow.adapters.gating import convert
 from rankflow.adapters.sites import find_sites
 from rankflow.allocation.policies import feasible_range
 from rankflow.allocation.pools import with_pools
-from rankflow.budgeting import resolve_budget
 from rankflow.memory import peak_bytes, tally_bytes
 from rankflow.quiet import quiet_libraries
 from rankflow.specs.run import RunSpec
-from rankflow.training.adapter import add_adapter
+from rankflow.training.adapter import add_adapter, check_names
 from rankflow.training.arguments import make_arguments
 from rankflow.training.data import load_data
 from rankflow.training.fake import NeedsNumbersError, fake_tensors
 from rankflow.training.job import Job
 from rankflow.training.models import build_meta_model, check_length, load_base_model
 from rankflow.training.planned import MemoryPlan, PlannedEvent, RunPlan, print_plan
+from rankflow.training.run_budget import resolve_run_budget
 from rankflow.training.tokens import make_collator, tokenize
 from rankflow.training.trial import StepMemory, longest_row, run_trial
 
@@ -59,28 +56,17 @@ def make_plan(spec: RunSpec, *, measure: bool = False) -> RunPlan:
         data.splits, base.tokenizer, spec.model.task, spec.data.max_length, spec.data.loss_on
     )
     model = add_adapter(base, spec.model, spec.adapter)
+    check_names(model, spec.adapter)
     args = make_arguments(spec)
-    steps = count_steps(splits["train"], args)
-    sites = find_sites(model, "default")
-    convert(sites, spec.budget.components)
-    budget = resolve_budget(
-        spec.budget,
-        [
-            site.describe(*spec.budget.bounds_of(site.name), magnitude=spec.budget.magnitude)
-            for site in sites
-        ],
-        total_steps=steps,
-        base_parameters=count_base_parameters(model),
-        bytes_per_parameter=sites[0].A.element_size(),
-    )
+    budget = resolve_run_budget(spec.budget, model, splits["train"], args)
     collate = make_collator(base.tokenizer, spec.model.task)
     scheduler = budget.scheduler
     events = [] if budget.is_static else scheduler.event_steps()
     return RunPlan(
         sites=budget.sites,
         base=count_base_parameters(model),
-        head=_trainable(model) - sum(site.parameters for site in sites),
-        steps=steps,
+        head=_trainable(model) - sum(s.parameters for s in find_sites(model, "default")),
+        steps=scheduler.total_steps,
         target=budget.target,
         start=budget.start,
         feasible=feasible_range(with_pools(budget.sites)),
@@ -92,17 +78,6 @@ def make_plan(spec: RunSpec, *, measure: bool = False) -> RunPlan:
             measure=measure,
         ),
     )
-
-
-def count_steps(rows: Dataset, args: TrainingArguments) -> int:
-    """Count the optimizer steps that a Trainer takes on the rows, in one process."""
-    if args.max_steps > 0:
-        return int(args.max_steps)
-    batches = math.ceil(len(rows) / args.train_batch_size)
-    if args.dataloader_drop_last:
-        batches = len(rows) // args.train_batch_size
-    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return math.ceil(args.num_train_epochs * steps)
 
 
 def _trainable(model: PeftModel) -> int:

@@ -84,7 +84,7 @@ def _run(
     if start is not None:
         args.resume_from_checkpoint = str(start)
     with args.main_process_first():  # the others find the rows in its cache
-        job = prepare(spec, args.device, console)
+        job = prepare(spec, args, console)
     trainer = make_trainer(spec, job, args)
     trainer.add_callback(signals)
     if args.resume_from_checkpoint is None and processes.is_first():

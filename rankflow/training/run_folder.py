@@ -25,11 +25,17 @@ ADAPTER_FOLDER = "adapter"
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that something other than a run fills.
+    """Refuse a folder that cannot be made, or that something other than a run fills.
 
     Raises:
         SpecError: It is so.
     """
+    for parent in folder.parents:
+        if parent.is_file():
+            raise SpecError(
+                f"[train] output_dir = '{folder}': {parent} is a file, and a file lies where a "
+                "folder is meant; name another path"
+            )
     if _is_taken(folder) and not (folder / SPEC_FILE).is_file():
         raise SpecError(
             f"[train] output_dir = '{folder}': it exists and no run wrote it (it has no "

@@ -1,12 +1,13 @@
 """Where rows come from: the built-in data set, files, or a hub id."""
 
 import codecs
+import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import Dataset, DatasetDict, Json, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 
 from rankflow.errors import RankFlowError, SpecError, brief
@@ -15,6 +16,7 @@ from rankflow.training.docstrings import load_docstrings
 
 SPLITS = ("train", "validation", "test")
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _BLOCK = 1 << 20  # bytes
 
 
@@ -80,6 +82,19 @@ def load_files(paths: tuple[Path, ...]) -> Split:
     return Split(_join([_load_file(path) for path in paths], paths), _list(paths))
 
 
+def tell_type(feature: object) -> str:
+    """Say of what type a column is, in the words of an error message.
+
+    >>> tell_type(Value("float64")), tell_type(List(Value("string"))), tell_type(Json())
+    ('float64', 'lists of string', 'values of several types')
+    """
+    if isinstance(feature, Json):
+        return "values of several types"
+    if isinstance(feature, List):
+        return f"lists of {tell_type(feature.feature)}"
+    return feature.dtype if isinstance(feature, Value) else "tables"
+
+
 def _load_files(spec: DataSpec) -> dict[str, Split]:
     files = {"train": spec.train, "validation": spec.validation, "test": spec.test}
     return {name: load_files(paths) for name, paths in files.items() if paths is not None}
@@ -103,9 +118,13 @@ def _load_file(path: Path) -> Dataset:
             raise RankFlowError(f"{path}: the file is empty; write at least two rows into it")
         if reader != "parquet":
             _check_utf8(path)
+        if reader == "csv":
+            _check_header(path)
         return load_dataset(reader, data_files={"train": str(path)}, split="train")
     except (DatasetsError, ValueError, OSError) as error:
         cause = error.__cause__ or error
+        if "no data" in str(cause):
+            raise RankFlowError(f"{path}: no rows; write at least two into it") from error
         raise RankFlowError(
             f"{path}: cannot be read as {path.suffix[1:]}: {brief(cause)}; "
             "mend the file, or name another"
@@ -117,7 +136,8 @@ def _join(parts: list[Dataset], paths: tuple[Path, ...]) -> Dataset:
         return concatenate_datasets(parts)
     except ValueError as error:
         raise RankFlowError(
-            f"{_list(paths)}: the files differ in the types of their columns: {error}"
+            f"{_list(paths)}: the files differ in the types of their columns: {brief(error)}; "
+            "write a column as one type in all of them"
         ) from error
 
 
@@ -145,7 +165,20 @@ def _check_utf8(path: Path) -> None:
                 line += decoder.decode(block).count("\n")
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].count(b"\n")
+                encoding = "utf-16" if error.object.startswith(_UTF16_MARKS) else "latin1"
                 raise RankFlowError(
                     f"{path}: line {line} is not UTF-8 ({error.reason}); convert the file, e.g. "
-                    f"with `iconv -f latin1 -t utf-8`"
+                    f"with `iconv -f {encoding} -t utf-8`"
                 ) from error
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a heading that stands over two columns, the second of which would be renamed."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file), [])
+    for column in header:
+        if header.count(column) > 1:
+            raise RankFlowError(
+                f"{path}: {header.count(column)} columns are called '{column}'; give each a name "
+                "of its own"
+            )

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rankflow.errors import RankFlowError
+from rankflow.errors import RankFlowError, SpecError
 from rankflow.specs.run import LossOn, Task
 from rankflow.training.chat import Conversation, check_template, tokenize_spans
 from rankflow.training.messages import present
@@ -53,7 +53,8 @@ def tokenize(
         Splits with ``input_ids``, ``attention_mask`` and ``labels``.
 
     Raises:
-        SpecError: There are conversations, and no template for them.
+        SpecError: There are conversations and no template for them, or ``max_length`` leaves no
+            room for a text.
         RankFlowError: A split has no row left, a target does not fit or has no prompt, the chat
             template cannot be followed, or the tokenizer cannot align words.
     """
@@ -62,6 +63,7 @@ def tokenize(
             f"{type(tokenizer).__name__} cannot tell which word a token belongs to, which "
             "task = 'token-classification' needs; choose a model with a fast tokenizer"
         )
+    _check_room(tokenizer, task, max_length)
     encode = partial(_ENCODERS[task], tokenizer=tokenizer, max_length=max_length)
     if "messages" in splits["train"].column_names:
         check_template(tokenizer)
@@ -229,6 +231,16 @@ def _encode_conversations(
             encoded["attention_mask"].append([1] * len(ids))
             encoded["labels"].append(labels)
     return encoded
+
+
+def _check_room(tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int) -> None:
+    """Refuse a length that cuts every text down to nothing that could be learned from."""
+    least = 2 if task == "causal-lm" else tokenizer.num_special_tokens_to_add() + 1
+    if max_length < least:
+        raise SpecError(
+            f"[data] max_length = {max_length}: no text fits beside the tokens that the tokenizer "
+            f"puts around it; set it to {least} or more"
+        )
 
 
 def _without_end(ids: list[int], end: int | None) -> list[int]:

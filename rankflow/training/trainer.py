@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from rankflow.integrations.huggingface import RankFlowTrainer, Sink
 from rankflow.specs.run import RunSpec
-from rankflow.training.arguments import refusal, refusals
+from rankflow.training.arguments import check_optimizer, refusal, refusals
 from rankflow.training.job import Job
 from rankflow.training.metrics import measure_predictions
 from rankflow.training.pooling import TokenPooling, pool
@@ -87,8 +87,11 @@ def make_trainer(
     }
     with refusals():
         if spec.model.task == "sequence-classification" and spec.model.pooling != "model":
-            return PooledTrainer(pooling=spec.model.pooling, **arguments)
-        return RankFlowTrainer(**arguments)
+            trainer: RankFlowTrainer = PooledTrainer(pooling=spec.model.pooling, **arguments)
+        else:
+            trainer = RankFlowTrainer(**arguments)
+    check_optimizer(args, job.model)
+    return trainer
 
 
 def start_training(trainer: RankFlowTrainer, resume_from: str | None = None) -> None:

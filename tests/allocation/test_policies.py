@@ -276,6 +276,34 @@ def test_knapsack_spreads_equal_components_over_the_sites():
     assert knapsack(table, 90).tolist() == [3, 2, 2, 2]
 
 
+@pytest.mark.parametrize("policy", [knapsack, knapsack_exact])
+@given(count=st.integers(1, 5), limit=st.integers(0, 260), score=st.sampled_from([0.0, 0.3]))
+def test_components_of_equal_score_are_shared_out_from_the_first_site_on(
+    policy, count, limit, score
+):
+    table = make_table([make_site()] * count, [[score] * 5] * count)
+    share, over = divmod(min(limit // 10, 5 * count), count)
+    assert policy(table, limit).tolist() == [share + (site < over) for site in range(count)]
+
+
+@given(count=st.integers(1, 5), limit=st.integers(0, 260), score=st.sampled_from([0.0, 0.3]))
+def test_the_threshold_keeps_the_first_components_of_equal_score(count, limit, score):
+    table = make_table([make_site()] * count, [[score] * 5] * count)
+    kept = [int(np.clip(limit // 10 - 5 * site, 0, 5)) for site in range(count)]
+    assert threshold(table, limit).tolist() == kept
+
+
+@pytest.mark.parametrize("policy", [knapsack, knapsack_exact])
+@settings(deadline=None)
+@given(problem=problems(), score=st.sampled_from([0.0, 0.3]))
+def test_no_component_that_fits_is_dropped_where_all_scores_are_equal(policy, problem, score):
+    table, limit = problem
+    level = replace(table, scores=np.full_like(table.scores, score))
+    ranks = policy(level, limit)
+    dropped = ranks < np.minimum(table.ranks, table.max_ranks)
+    assert (table.component_costs[dropped] > limit - table.cost_of(ranks)).all()
+
+
 # Proportional
 
 

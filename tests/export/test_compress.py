@@ -352,11 +352,11 @@ def test_a_failure_in_the_middle_leaves_everything_as_it_was(mixed, use_dora, mo
     before, calls = state_of(model), []
     install = surgery._SiteChange.install
 
-    def fail_at_the_third(self, *, new):
-        calls.append(new)
+    def fail_at_the_third(self):
+        calls.append(self)
         if len(calls) == 3:
             raise RuntimeError("out of memory")
-        install(self, new=new)
+        install(self)
 
     monkeypatch.setattr(surgery._SiteChange, "install", fail_at_the_third)
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -2,11 +2,12 @@
 
 A test with the mark ``fault("what happens", quick=3, full=200)`` and the argument ``injection``
 runs 3 times, with ``--full`` 200 times; one that injects by itself says how often through
-``count_injections``. ``--results FILE`` writes the table of what was injected and survived.
+``count_injections``. ``--results FILE`` writes what was injected and survived into the table there.
 """
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -60,7 +61,7 @@ use_cpu = true
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="inject as often as RESULTS.md says")
-    parser.addoption("--results", type=Path, help="write the table of faults into this file")
+    parser.addoption("--results", type=Path, help="put the counts into this file's table")
 
 
 def pytest_generate_tests(metafunc):
@@ -90,10 +91,12 @@ def pytest_terminal_summary(terminalreporter, config):
                 count = properties.get("injections", 1)
                 injected[properties["fault"]] += count
                 survived[properties["fault"]] += count if outcome == "passed" else 0
-    rows = [f"| {fault} | {injected[fault]:,} | {survived[fault]:,} |" for fault in injected]
-    path.write_text(
-        "\n".join(["| fault | injected | survived |", "| --- | --- | --- |", *rows, ""])
-    )
+    text = path.read_text()
+    for fault, count in injected.items():
+        row = f"| {fault} | {count:,} | {survived[fault]:,} |"
+        text, found = re.subn(rf"^\| {re.escape(fault)} \|.*$", row, text, flags=re.M)
+        assert found == 1, f"{path} has no row for {fault!r}"
+    path.write_text(text)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ task = "seq2seq-lm"
 revision = "main"
 [data]
 train = ["a.jsonl", "more/b.csv"]
-validation = "a.jsonl"
+validation = "more/held.jsonl"
 target = "answer"
 [budget]
 params = 1000
@@ -38,10 +38,11 @@ params = 1000
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a run file beside the data files a.jsonl and more/b.csv."""
+    """Write a run file beside the data files a.jsonl, more/b.csv and more/held.jsonl."""
     (tmp_path / "more").mkdir()
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "more" / "b.csv").write_text("text\nx\n")
+    (tmp_path / "more" / "held.jsonl").write_text("")
 
     def write_run(text, name="try.toml"):
         path = tmp_path / name
@@ -120,7 +121,7 @@ def test_paths_start_at_the_folder_of_the_run_file(write, tmp_path, monkeypatch)
     path = write(SEQ2SEQ.replace("params = 1000", 'preset = "mine.toml"'))
     run = load_run(path, ["model.name=base", 'model={name="base", task="seq2seq-lm"}'])
     assert run.data.train == (tmp_path / "a.jsonl", tmp_path / "more" / "b.csv")
-    assert run.data.validation == (tmp_path / "a.jsonl",)
+    assert run.data.validation == (tmp_path / "more" / "held.jsonl",)
     assert run.budget.score == "fisher"
     assert run.model.name == str(tmp_path / "base")
 
@@ -192,7 +193,9 @@ def test_what_contradicts_messages_is_refused_with_its_remedy(overrides, write):
 
 def test_a_template_that_is_not_there_is_named(write, tmp_path):
     path = f"{tmp_path}/chat.jinja"
-    assert faults_of(write(CHAT)) == {f'model.chat_template = "{path}"': f"no such file: {path}"}
+    assert faults_of(write(CHAT)) == {
+        f'model.chat_template = "{path}"': f"no such file: {path}; name a file with a chat template"
+    }
 
 
 def test_a_folder_named_like_the_built_in_model_does_not_hide_it(write, tmp_path):
@@ -254,7 +257,9 @@ def test_all_faults_of_all_tables_are_reported_at_once(write, tmp_path):
         "modl = {}": "unknown key; did you mean 'model'?",
         "model.name": "missing; set it to 'minilm', a folder, or a hub id",
         'model.nam = "minilm"': "unknown key; did you mean 'name'?",
-        f'data.train = "{tmp_path}/none.jsonl"': f"no such file: {tmp_path}/none.jsonl",
+        f'data.train = "{tmp_path}/none.jsonl"': (
+            f"no such file: {tmp_path}/none.jsonl; name one that exists"
+        ),
         "data.max_lenght = 3": "unknown key; did you mean 'max_length'?",
         'adapter.r = "6"': "must be a valid integer",
         "adapter.use_dorra = true": "unknown key; did you mean 'use_dora'?",
@@ -401,12 +406,12 @@ def test_the_built_in_rows_have_no_answers(write):
 
 
 def test_rows_come_by_name_or_from_files(write, tmp_path):
-    text = CLASSIFIER.replace("[budget]", 'train = "a.jsonl"\ntest = "a.jsonl"\n[budget]')
+    text = CLASSIFIER.replace("[budget]", 'train = "a.jsonl"\ntest = "more/held.jsonl"\n[budget]')
     assert faults_of(write(text)) == {
-        f'data.name = "docstrings", data.{key} = ["{tmp_path}/a.jsonl"]': (
+        f'data.name = "docstrings", data.{key} = ["{tmp_path}/{file}"]': (
             "rows come by name or from files; keep one of these"
         )
-        for key in ("train", "test")
+        for key, file in (("train", "a.jsonl"), ("test", "more/held.jsonl"))
     }
 
 
@@ -427,7 +432,7 @@ def test_a_file_of_an_unknown_type_is_refused(write, tmp_path):
 
 def test_a_fraction_beside_validation_files_is_a_fault(write, tmp_path):
     assert faults_of(write(SEQ2SEQ), "data.validation_fraction=0.2") == {
-        f'data.validation_fraction = 0.2, data.validation = ["{tmp_path}/a.jsonl"]': (
+        f'data.validation_fraction = 0.2, data.validation = ["{tmp_path}/more/held.jsonl"]': (
             "nothing is held out where there are validation files; keep one of these"
         )
     }

@@ -1,4 +1,7 @@
-"""What a person gets wrong about a run: the message names it and the remedy, no traceback."""
+"""What a person gets wrong about a run: the message names it and the remedy, no traceback.
+
+Every kind of mistake is in ``tests/reliability/inputs``; here is how a command ends on one.
+"""
 
 import json
 from pathlib import Path
@@ -32,15 +35,11 @@ report_to = "none"
 def desk(tmp_path, monkeypatch, bert_folder, llama_folder, write_rows, sentiment_rows):
     """A folder with a run spec that works, and with much that does not."""
     monkeypatch.chdir(tmp_path)
-    rows = [row | {"score": 1.5} for row in sentiment_rows]
-    write_rows("rows.jsonl", rows)
-    write_rows("one.jsonl", rows[:1])
+    write_rows("rows.jsonl", sentiment_rows)
     Path("run.toml").write_text(RUN)
     Path("broken.toml").write_text("[model\n")
     Path("empty.toml").write_text("")
     Path("latin.toml").write_bytes(b"name = '\xe9")
-    Path("empty.jsonl").write_text("")
-    Path("bad.jsonl").write_text("{nope\n")
     Path("foreign").mkdir()
     Path("foreign/thesis.tex").write_text("years of work")
     Path("file").write_text("")
@@ -95,31 +94,10 @@ def test_a_file_that_is_no_run_spec(file, told, desk):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("budget", "must read as in budget.rank=2"),
-        ("budget.rank=two", "must be a valid number"),
         ("budget.rank=100", "hold at most 7,168 (their maximum ranks); choose a budget in between"),
-        ("budget.preset=hybird", "did you mean 'hybrid'?"),
-        ("budget.magnitude=budgeted", "in a run spec, use_dora = true under [adapter]"),
-        ("model.name=./nowhere", "no such folder; must be 'minilm', a folder, or a hub id"),
         ("model.name=org/nowhere", "a hub id (which needs a connection or a filled cache)"),
         ("model.name=file", "give 'minilm', a folder that `save_pretrained` wrote"),
         ("model.attention=flash_attention_2", "leave the key out"),
-        ("data.train=none.jsonl", "no such file: none.jsonl"),
-        ("data.train=file", "file must end in one of .jsonl, .json, .csv, .parquet"),
-        ("data.train=empty.jsonl", "the file is empty; write at least two rows"),
-        ("data.train=bad.jsonl", "JSON parse error"),
-        ("data.train=one.jsonl", "one row only; training needs at least two"),
-        ("data.text=txt", "no such column; did you mean 'text'?"),
-        ("data.text=score", "holds Value('float64'); [data] text needs strings"),
-        ("data.label=score", "write the classes as strings or whole numbers"),
-        ("data.max_length=99", "set max_length = 32 or less"),
-        ("adapter.target_modules=nope", "are called classifier, dense, key, query, value"),
-        ("adapter.lora_dropout=2", "dropout probability has to be between 0 and 1, but got 2"),
-        ("adapter.init_lora_weights=pissa", "use True or 'gaussian'"),
-        ("train.learning_rate=-1", "must be greater than 0"),
-        ("train.gradient_accumulation_steps=0", "must be greater than 0"),
-        ("train.adam_beta1=5", "must be less than 1"),
-        ("train.optim=adamw_torhc", "did you mean 'adamw_torch'?"),
         ("train.tf32=true", "--tf32 requires Ampere"),
         ("train.lr_scheduler_type=cosine_with_min_lr", "min_lr_rate should be set"),
         ("train.optim=galore_adamw", "change or remove the key that asks for it"),
@@ -169,10 +147,7 @@ def test_a_model_that_is_not_whole(pattern, content, told, spoil):
     ("override", "told"),
     [
         ("train.output_dir=foreign", "no run wrote it (it has no run.json); choose another folder"),
-        ("train.output_dir=file", "no run wrote it"),
-        ("train.output_dir=file/out", "a file lies where a folder is meant; name another path"),
         ("train.report_to=wandbb", "wandbb is not supported"),
-        ("train.eval_strategy=steps", "you didn't pass an `eval_dataset`"),
         ("train.resume_from_checkpoint=nowhere", "no such folder; name another checkpoint"),
     ],
 )

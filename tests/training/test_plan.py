@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from rankflow.cli import app
 from rankflow.errors import BudgetError
 from rankflow.specs.run import load_run
-from rankflow.training.plan import count_steps, plan_run
+from rankflow.training.plan import plan_run
 from rankflow.training.run import train
+from rankflow.training.run_budget import count_steps
 
 RUN = """
 name = "trial"

@@ -58,8 +58,8 @@ r = 4
 lora_alpha = 4
 [data]
 train = "rows.jsonl"
-validation = "rows.jsonl"
-test = "rows.jsonl"
+validation = "validation.jsonl"
+test = "test.jsonl"
 max_length = 16
 [train]
 max_steps = 3
@@ -99,7 +99,8 @@ def texts(tmp_path, bert_folder):
         {"text": f"{words[i % 4]}" + " a" * (1 + i % 7) + " film", "label": ["yes", "no"][i % 2]}
         for i in range(32)
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("rows", "validation", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def load(*overrides):
         path = tmp_path / "texts.toml"

@@ -98,7 +98,7 @@ def test_a_hub_data_set_is_opened_without_being_loaded(monkeypatch):
         ("{folder}", None, SpecError, r"must end in one of \.jsonl"),
         ("{folder}/empty.jsonl", None, RankFlowError, "the file is empty"),
         ("{folder}/broken.jsonl", None, RankFlowError, r"broken\.jsonl: cannot be read"),
-        ("{folder}/none.csv", None, RankFlowError, r"none\.csv: cannot be read as csv"),
+        ("{folder}/none.csv", None, RankFlowError, r"none\.csv: no rows"),
         ("{folder}/none.csv", "en", SpecError, "--config en: only a hub id has configurations"),
         ("docstrings", "en", SpecError, "--config en: only a hub id has configurations"),
     ],
