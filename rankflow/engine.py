@@ -237,9 +237,10 @@ class RankFlow:
             RankFlowError: No adapter parameter has a gradient, or processes of the job have
                 different ones.
         """
-        is_known = self._resizer.check_gradients(self._steps + 1)
+        was_averaged = self._resizer.check_gradients(self._steps + 1)
         reading = self._gradients.read(loss_scale)
-        unclip = reading.unclip if is_known else torch.ones_like(reading.unclip)
+        # Gradients that are averaged by hand after backward were seen before that.
+        unclip = reading.unclip if was_averaged else torch.ones_like(reading.unclip)
         is_finite = _is_finite(loss, like=reading.accept)
         self._accept = reading.accept & is_finite
         if not self.resolved.is_static:

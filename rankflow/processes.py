@@ -168,6 +168,28 @@ def first_difference(values: Sequence[int], what: str) -> tuple[int, str] | None
     return None
 
 
+def check_equal(values: Sequence[int], names: Sequence[str], what: str) -> None:
+    """Check that all processes left the same adapters.
+
+    Args:
+        values: A number for each site.
+        names: The sites.
+        what: What was done, as the subject of a sentence.
+
+    Raises:
+        RankFlowError: A number differs; the message has the site's name, and the processes.
+    """
+    difference = first_difference(values, what)
+    if difference is not None:
+        index, others = difference
+        raise RankFlowError(
+            f"{what} left different adapters: at site {names[index]!r} the ranks, parameters or "
+            f"optimizer state of process {others} are not those of process 0; give all processes "
+            "the same seed, model, budget, optimizer and versions, and resume from the last "
+            "checkpoint"
+        )
+
+
 def wait_for_all(what: str) -> None:
     """Wait until all processes have come here.
 

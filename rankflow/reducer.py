@@ -26,7 +26,7 @@ from rankflow.fingerprint import gradient_fingerprints
 
 
 class Reducer:
-    """Rebuilds the reducer around a model, in a job of several processes.
+    """Rebuilds the reducer around a model, if there is a job of processes, be it of one.
 
     Args:
         model: The model that a wrapper calls.
@@ -40,7 +40,7 @@ class Reducer:
         self._is_stale = True
         self._is_checked = False
         self._handle: RemovableHandle | None = None
-        if processes.are_several():
+        if dist.is_available() and dist.is_initialized():
             self._handle = model.register_forward_pre_hook(self._before_forward)
 
     def invalidate(self) -> None:
@@ -60,6 +60,12 @@ class Reducer:
         """
         if self._is_checked or not processes.are_several():
             return
+        if self._handle is None:
+            raise RankFlowError(
+                "RankFlow was attached before the processes of the job were brought together, and "
+                "does not see their gradients being averaged; call "
+                "torch.distributed.init_process_group first"
+            )
         what = f"comparing the gradients of step {step}"
         difference = processes.first_difference(gradient_fingerprints(sites), what)
         if difference is not None:

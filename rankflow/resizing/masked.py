@@ -24,7 +24,7 @@ from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import Slots
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.budgeting import ResolvedBudget, even_ranks
-from rankflow.errors import BudgetError, CheckpointError, RankFlowError
+from rankflow.errors import BudgetError, CheckpointError
 from rankflow.growing import Growth
 from rankflow.importance.registry import make_scorers
 from rankflow.importance.scorer import Scorer
@@ -166,10 +166,6 @@ class Masked:
         self._rows = exchange.rows
         return processes.from_first(processes.in_all(read, what), what)
 
-    def check_gradients(self, step: int) -> bool:
-        """Tell that FSDP2 averages them within backward; each process holds others."""
-        return True
-
     def resize(self, plan: RankPlan, optimizer: Optimizer | None, newborns: Newborns) -> None:
         """Set slots to zero, and write newborns into free ones."""
         mask_surgery.resize(self._sites, plan, optimizer, newborns, self._rows)
@@ -178,18 +174,18 @@ class Masked:
     def agree(self, plan: RankPlan, optimizer: Optimizer | None, what: str) -> None:
         """Compare which slots are live: their values lie in one process each."""
         prints = [hash(tuple(slots.live)) for slots in slots_of(self._sites)]
-        difference = processes.first_difference(prints, what)
-        if difference is not None:
-            index, others = difference
-            raise RankFlowError(
-                f"{what} left different adapters: at site {self._sites[index].name!r} the live "
-                f"components of process {others} are not those of process 0; give all processes "
-                "the same seed, model, budget and versions, and resume from the last checkpoint"
-            )
+        processes.check_equal(prints, [site.name for site in self._sites], what)
 
     def everywhere(self, check: Callable[[], None], what: str) -> None:
         """Check in every process what it holds."""
         processes.in_all(check, what)
+
+    def check_gradients(self, step: int) -> bool:
+        """Do nothing: every process holds gradients of its own."""
+        return True
+
+    def close(self) -> None:
+        """Do nothing: FSDP2 was not touched."""
 
     @contextmanager
     def undone_on_error(self, optimizer: Optimizer | None, what: str) -> Iterator[None]:
@@ -209,6 +205,3 @@ class Masked:
             for s, before in zip(slots, live, strict=True):
                 s.live = before
             raise
-
-    def close(self) -> None:
-        """Do nothing: there are no hooks."""

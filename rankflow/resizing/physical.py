@@ -17,7 +17,7 @@ from rankflow.adapters.sites import Site
 from rankflow.adapters.stock import sync_config
 from rankflow.allocation.policies import plan_from_ranks
 from rankflow.budgeting import ResolvedBudget
-from rankflow.errors import CheckpointError, RankFlowError
+from rankflow.errors import CheckpointError
 from rankflow.fingerprint import fingerprints
 from rankflow.growing import Growth
 from rankflow.importance.norms import Norm
@@ -54,7 +54,7 @@ class Physical:
         self._adapter_name = adapter_name
         self._sites = tuple(sites)
         self._budget = budget
-        self._reducer: Reducer | None = None
+        self._reducer = Reducer(model)
 
     def resolve(self, infos: Sequence[SiteInfo], resolve: Resolve) -> ResolvedBudget:
         """Resolve the budget: tensors can take all ranks."""
@@ -81,8 +81,6 @@ class Physical:
         table = untrained(infos, old, scores)
         plan = replace(plan_from_ranks(table, ranks), magnitudes=magnitudes)
         surgery.resize_in_place(self._sites, plan, newborns, self._budget.renormalise)
-        if self._reducer is None:
-            self._reducer = Reducer(self._model)
         self._reducer.invalidate()
         sync_config(self._model, self._adapter_name, self._sites)
 
@@ -113,33 +111,18 @@ class Physical:
 
         return processes.from_first(processes.in_all(read, what), what)
 
-    def check_gradients(self, step: int) -> bool:
-        """Compare them; gradients that are averaged by hand after backward were seen before."""
-        assert self._reducer is not None, "sites are brought to ranks first"
-        self._reducer.check(self._sites, step)
-        return self._reducer.is_found or not processes.are_several()
-
     def resize(self, plan: RankPlan, optimizer: Optimizer | None, newborns: Newborns) -> None:
         """Resize parameters and optimizer state, and PEFT's description of them."""
         surgery.resize(self._sites, plan, optimizer, newborns, self._budget.renormalise)
-        assert self._reducer is not None, "sites are brought to ranks first"
         self._reducer.invalidate()
         sync_config(self._model, self._adapter_name, self._sites)
 
     def agree(self, plan: RankPlan, optimizer: Optimizer | None, what: str) -> None:
         """Give all processes the newborns of the first, and compare everything else."""
-        if not processes.are_several():
-            return
-        self._share_newborns(plan, what)
-        difference = processes.first_difference(fingerprints(self._sites, optimizer), what)
-        if difference is not None:
-            index, others = difference
-            raise RankFlowError(
-                f"{what} left different adapters: at site {self._sites[index].name!r} the ranks, "
-                f"parameters or optimizer state of process {others} are not those of process 0; "
-                "give all processes the same seed, model, budget, optimizer and versions, and "
-                "resume from the last checkpoint"
-            )
+        if processes.are_several():
+            self._share_newborns(plan, what)
+            prints = fingerprints(self._sites, optimizer)
+            processes.check_equal(prints, [site.name for site in self._sites], what)
 
     def _share_newborns(self, plan: RankPlan, what: str) -> None:
         """Give all processes the newborns of the first: devices may differ in their last bits."""
@@ -158,16 +141,20 @@ class Physical:
         """Check here: all processes have the same weights."""
         check()
 
+    def check_gradients(self, step: int) -> bool:
+        """Check once after each resize that all processes have the same ones."""
+        self._reducer.check(self._sites, step)
+        return self._reducer.is_found or not processes.are_several()
+
+    def close(self) -> None:
+        """Leave the wrapper alone."""
+        self._reducer.close()
+
     def undone_on_error(
         self, optimizer: Optimizer | None, what: str
     ) -> AbstractContextManager[None]:
         """Do nothing: no value is overwritten."""
         return nullcontext()
-
-    def close(self) -> None:
-        """Leave the wrapper of the model alone."""
-        if self._reducer is not None:
-            self._reducer.close()
 
 
 def untrained(infos: tuple[SiteInfo, ...], ranks: IntArray, scores: FloatArray) -> ComponentTable:

@@ -70,16 +70,6 @@ class Resizer(Protocol):
             What ``Tracker.survey`` takes, equal in all processes.
         """
 
-    def check_gradients(self, step: int) -> bool:
-        """Check the gradients of a step, once after each resize.
-
-        Returns:
-            Whether they were averaged over the processes within backward.
-
-        Raises:
-            RankFlowError: Processes that hold copies have different ones.
-        """
-
     def resize(self, plan: RankPlan, optimizer: Optimizer | None, newborns: Newborns) -> None:
         """Carry out a plan on the sites and on the optimizer's state; waits for no process."""
 
@@ -93,10 +83,23 @@ class Resizer(Protocol):
     def everywhere(self, check: Callable[[], None], what: str) -> None:
         """Check something of the weights, and raise in all processes if it raises in one."""
 
+    def check_gradients(self, step: int) -> bool:
+        """Check what has to be true of the gradients of a step; most often nothing.
+
+        Args:
+            step: The step whose gradients are complete.
+
+        Returns:
+            Whether hooks in backward saw them as they are used: averaged over processes.
+
+        Raises:
+            RankFlowError: The processes of the job have different gradients.
+        """
+
+    def close(self) -> None:
+        """Leave alone what holds the model."""
+
     def undone_on_error(
         self, optimizer: Optimizer | None, what: str
     ) -> AbstractContextManager[None]:
         """Put values back that were overwritten if the block does not come to its end."""
-
-    def close(self) -> None:
-        """Leave the model alone."""
