@@ -255,7 +255,7 @@ class RankFlow:
 
         Then it leaves the weights finite: the optimizer takes the step that it takes without a
         gradient. It does not wait for the device. With a gradient scaler leave it out: that skips
-        the step by itself, and has to see why.
+        the step by itself, and has to see why. Under FSDP2 a process mutes what it holds.
         """
         self._gradients.mute(self._accept)
 

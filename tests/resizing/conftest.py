@@ -30,18 +30,20 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks between an embedding and a head; its sites have four shapes."""
+    """Two blocks between an embedding and a convolution; its sites have five shapes."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(11, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.conv = nn.Conv1d(3, 3, 3, padding=1)  # over three tokens; its rank is 3 at most
         self.head = nn.Linear(WIDTH, 3)
 
     def forward(self, tokens):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
+        x = torch.tanh(self.conv(x))
         return self.head(x).clone()  # FSDP2 warns of views
 
 
@@ -72,7 +74,7 @@ class Job:
 
     def model_of(self, *, shard):
         config = {"r": CAPACITY, "lora_alpha": CAPACITY, **self.config}
-        targets = ["q", "v", "o", "embed"]
+        targets = ["q", "v", "o", "embed", "conv"]
         model = peft.get_peft_model(
             self.base(), peft.LoraConfig(**{"target_modules": targets, **config})
         )

@@ -46,18 +46,18 @@ def test_budgets_that_need_whole_tensors_name_the_key(budget, told, job, refused
 
 
 @pytest.mark.parametrize(
-    ("budget", "largest"),
+    ("budget", "r", "needed"),
     [
-        ({"rank": 5.5, "max_rank": None}, 6),
-        ({"bounds": {"blocks.0.q": {"max_rank": 6}}}, 6),
-        ({"rank": 4, "schedule": "linear", "start": 0.5, "max_rank": None}, None),
+        ({"rank": 5.5, "max_rank": None}, 5, 6),
+        ({"bounds": {"blocks.0.q": {"max_rank": 6}}}, 5, 6),
+        ({"rank": 3.5, "schedule": "linear", "start": 0.5, "max_rank": None}, 3, 4),
     ],
-    ids=["start", "bounds", "room"],
+    ids=["start", "bounds", "target"],
 )
-def test_a_budget_beyond_the_capacity_is_told_the_r_that_it_needs(budget, largest, job, refused):
-    run = job(budget=budget, config={"r": 5 if largest else 3})
+def test_a_budget_beyond_the_capacity_is_told_the_r_that_it_needs(budget, r, needed, job, refused):
+    run = job(budget=budget, config={"r": r})
     told = refused(lambda: run.flow(run.model()), BudgetError)
-    assert f"LoraConfig(r={largest or 4})" in told
+    assert f"LoraConfig(r={needed})" in told
 
 
 def test_dora_in_parts_is_refused(job, refused):
