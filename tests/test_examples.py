@@ -149,7 +149,6 @@ def test_the_job_on_two_processes_moves_ranks_as_one_does(tmp_path):
         "data.max_eval_rows": 32,
         "train.max_steps": 14,
         "train.warmup_steps": 3,
-        "train.use_cpu": "true",
         "train.report_to": "none",
         "budget.every": 0.1,
     }

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankflow import processes
 from rankflow.checkpoint import check_resumable, checkpoint_name, load_state, save_state
 from rankflow.durable import claim, is_failed_write, seal
 from rankflow.engine import RankFlow
@@ -423,6 +424,11 @@ def _check_plain(args: TrainingArguments, state: TrainerState, is_new: bool) -> 
 def _check_engine(args: TrainingArguments) -> None:
     """Refuse the engines under which ranks cannot change, or would change without effect."""
     engine = args.distributed_state.distributed_type if args.n_gpu <= 1 else "DataParallel"
+    if engine is DistributedType.NO and processes.are_several():
+        raise RankFlowError(
+            "the job has several processes, and this Trainer trains in each of them as if it were "
+            "alone; without accelerators set use_cpu=True in its arguments"
+        )
     if engine in _REFUSED:
         raise RankFlowError(
             f"this Trainer trains under {getattr(engine, 'value', engine)}, where RankFlow cannot "

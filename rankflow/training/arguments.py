@@ -1,5 +1,6 @@
 """The training arguments of a run."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,8 @@ def make_arguments(spec: RunSpec) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),  # warns on a machine without
         "prediction_loss_only": is_language_model,  # logits over a vocabulary would fill memory
     }
+    if _are_several() and not torch.accelerator.is_available():
+        defaults["use_cpu"] = True  # else every process trains by itself
     with refusals():
         args = TrainingArguments(**defaults | spec.train)
     _check_metric(args, ("loss",) if is_language_model else ("accuracy", "loss", "nll"))
@@ -59,6 +62,11 @@ def _check_metric(args: TrainingArguments, measured: Sequence[str]) -> None:
             f"[train] metric_for_best_model = '{metric}': it is not measured; "
             f"{suggest(metric, measured)} Measured are {', '.join(measured)}"
         )
+
+
+def _are_several() -> bool:
+    """Whether a launcher has started several processes, which the arguments bring together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
