@@ -307,6 +307,7 @@ def _take_part(number, count, work, folder, patience):
     """Be one process of a job, and leave a record of the end."""
     torch.set_num_threads(1)  # the threads of the process that forked this one are not here
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns where it is not set
     began = time.monotonic()
     try:
         dist.init_process_group(
