@@ -3,7 +3,8 @@
 MiniLM with DoRA on all linear layers under DistributedDataParallel over gloo, as in the quickstart,
 in 1, 2 and 4 processes. Every process has one thread and a batch of its own, and all share the
 machine's cores; so the table gives medians over events, and ratios to the step of the same job.
-The step after an event rebuilds the reducer and compares gradients. Run it as
+Parts are in ms: wait for all and average the sketch, tell the others, compare fingerprints; the
+step after an event rebuilds the reducer and compares gradients. Run it as
 
     python examples/benchmarks/processes.py
 """
@@ -31,8 +32,8 @@ COUNTS = (1, 2, 4)
 EVENTS, EVERY = 12, 4
 BATCH, TOKENS, CLASSES = 8, 20, 40
 PARTS = {
-    "wait and average": [(processes, "wait_for_all"), (processes, "average")],
-    "tell the others": [(processes, "from_first"), (processes, "tensors_from_first")],
+    "wait": [(processes, "wait_for_all"), (processes, "average")],
+    "tell": [(processes, "from_first"), (processes, "tensors_from_first")],
     "compare": [(processes, "first_difference"), (engine, "fingerprints")],
     "rebuild": [(reducer, "rebuild")],
 }
@@ -96,7 +97,7 @@ def measure(number: int, count: int, folder: str) -> None:
         follows = event is not None
         if follows:
             times["event"].append(finished - stepped)
-            for part in ("wait and average", "tell the others", "compare"):
+            for part in ("wait", "tell", "compare"):
                 times[part].append(clock.seconds[part])
         clock.seconds = dict.fromkeys(PARTS, 0.0)
     if number == 0:
