@@ -112,8 +112,8 @@ def train(folder, targets, seed):
     adapter = peft.LoraConfig(r=4, use_dora=True, target_modules=targets)
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), adapter)
     flow = rf.RankFlow(model, rf.load_budget("hybrid", rank=2, every=4), total_steps=60)
-    sinks = EventLog(folder / "events.jsonl"), TensorBoardSink(folder / "rankflow")
-    flow.sinks = list(sinks)
+    board = TensorBoardSink(folder / "rankflow")
+    flow.sinks = [EventLog(folder / "events.jsonl"), board]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(60):
         tokens = torch.randint(13, (8, 12))
@@ -122,8 +122,7 @@ def train(folder, targets, seed):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         flow.step(optimizer)
-    for sink in sinks:
-        sink.close()
+    board.close()
     return TrainedRun(folder, read_run(folder))
 
 
