@@ -4,7 +4,7 @@ One event is a straight line, and no call returns upward::
 
     tracker.survey()    what is every component worth?               -> ComponentTable
     scheduler.plan()    which stay, and where are new ones born?     -> RankPlan
-    surgery.resize()    parameters and optimizer state
+    resizer.resize()    parameters and optimizer state
     tracker.follow()    scores follow the components
     sinks               whoever wants to know                        <- RankEvent
 
@@ -50,11 +50,7 @@ from rankflow.growing import Growth
 from rankflow.importance.bad_steps import MAX_BAD_STEPS, BadSteps
 from rankflow.importance.finite import check_weights
 from rankflow.importance.gradients import StepGradients
-from rankflow.records import (
-    ComponentTable,
-    RankEvent,
-    RankPlan,
-)
+from rankflow.records import ComponentTable, RankEvent, RankPlan
 from rankflow.resizing.choose import choose_resizer
 from rankflow.specs.budget import BudgetSpec
 from rankflow.tracking import Tracker

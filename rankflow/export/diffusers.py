@@ -18,7 +18,7 @@ from rankflow.errors import ExportError
 from rankflow.export.check import Loader, check_adapter, judge_exact
 from rankflow.export.diffusion import is_diffusers_model
 from rankflow.export.job import ExportJob
-from rankflow.export.peft import stock_state, tell
+from rankflow.export.peft import stock_state
 from rankflow.export.plain import refuse_beside_sites
 from rankflow.export.write import Layout, write_adapter
 
@@ -54,7 +54,7 @@ def write_diffusers(job: ExportJob) -> Path:
         job.path,
         {f"{prefix}.{key.removeprefix('base_model.model.')}": t for key, t in state.items()},
         layout=_layout(job.model.peft_config[job.adapter_name], prefix),
-        about=tell(job),
+        about=job.about,
         check=lambda folder: check_adapter(job, folder, judge_exact(job), loader=_loader(prefix)),
     )
 

@@ -1,5 +1,6 @@
 """What one export starts from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -7,9 +8,11 @@ from typing import Any, Final
 from peft import PeftModel, TaskType
 
 from rankflow.adapters.sites import Site
+from rankflow.errors import ExportError
 from rankflow.export.card import AdapterFacts
 from rankflow.export.formats import Format
 from rankflow.export.options import ExportOptions
+from rankflow.export.write import About
 
 _CLASSIFIERS: Final = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
 
@@ -48,3 +51,28 @@ class ExportJob:
             return None
         config = self.model.get_base_model().config
         return {"id2label": config.id2label, "problem_type": config.problem_type}
+
+    @property
+    def about(self) -> About:
+        """What is told of the adapter if it is written as it is."""
+        return About(
+            ranks={site.name: site.rank for site in self.sites},
+            trained=sum(site.parameters for site in self.sites),
+            base_model=self.base_model,
+            facts=self.facts,
+            classes=self.classes,
+            tokenizer=self.options.tokenizer,
+        )
+
+
+def refuse_nothing(sites: Sequence[Site], adapter_name: str) -> None:
+    """Refuse an adapter that changes nothing.
+
+    Raises:
+        ExportError: No site has a component or a magnitude.
+    """
+    if all(site.rank == 0 and site.magnitude is None for site in sites):
+        raise ExportError(
+            f"all {len(sites)} sites of adapter {adapter_name!r} have rank 0: it is the base "
+            "model, and PEFT cannot load an adapter of nothing"
+        )

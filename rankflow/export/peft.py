@@ -15,10 +15,10 @@ from rankflow.errors import ExportError
 from rankflow.export.card import AdapterFacts
 from rankflow.export.check import check_adapter, judge_exact
 from rankflow.export.formats import find_format
-from rankflow.export.job import ExportJob
+from rankflow.export.job import ExportJob, refuse_nothing
 from rankflow.export.options import ExportOptions
 from rankflow.export.sharded import write_sharded
-from rankflow.export.write import About, check_target, peft_layout, write_adapter
+from rankflow.export.write import check_target, peft_layout, write_adapter
 from rankflow.resizing.sharding import is_sharded
 
 
@@ -85,20 +85,8 @@ def write_peft(job: ExportJob) -> Path:
         job.path,
         stock_state(job),
         layout=peft_layout(lambda folder: _save_stock(job.model, job.adapter_name, folder)),
-        about=tell(job),
+        about=job.about,
         check=lambda folder: check_adapter(job, folder, judge_exact(job)),
-    )
-
-
-def tell(job: ExportJob) -> About:
-    """Return what is told of an adapter that is written as it is."""
-    return About(
-        ranks={site.name: site.rank for site in job.sites},
-        trained=sum(site.parameters for site in job.sites),
-        base_model=job.base_model,
-        facts=job.facts,
-        classes=job.classes,
-        tokenizer=job.options.tokenizer,
     )
 
 
@@ -112,11 +100,7 @@ def stock_state(job: ExportJob) -> dict[str, Tensor]:
 
 
 def _check_sites(sites: tuple[Site, ...], adapter_name: str) -> None:
-    if all(site.rank == 0 and site.magnitude is None for site in sites):
-        raise ExportError(
-            f"all {len(sites)} sites of adapter {adapter_name!r} have rank 0: it is the base "
-            "model, and PEFT cannot load an adapter of nothing"
-        )
+    refuse_nothing(sites, adapter_name)
     merged = [site.name for site in sites if site.layer.merged]
     if merged:
         raise ExportError(

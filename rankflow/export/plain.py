@@ -13,7 +13,6 @@ from rankflow.adapters.state_dicts import translate_state_dicts
 from rankflow.adapters.stock import exactly
 from rankflow.errors import ExportError
 from rankflow.export.job import ExportJob
-from rankflow.export.peft import tell
 from rankflow.export.write import Check, peft_layout, write_adapter
 
 
@@ -59,7 +58,7 @@ def write_plain(
         tensors,
         layout=peft_layout(config.save_pretrained),
         about=replace(
-            tell(job),
+            job.about,
             ranks={site.name: _rank(factors.get(site.name)) for site in job.sites},
             trained=None,
         ),

@@ -18,10 +18,10 @@ from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import Slots
 from rankflow.adapters.stock import stock_config
 from rankflow.errors import ExportError
-from rankflow.export.job import ExportJob
+from rankflow.export.job import ExportJob, refuse_nothing
 from rankflow.export.report import ExportReport, measure_files, write_report
 from rankflow.export.tokenizer import TOKENIZER
-from rankflow.export.write import About, peft_layout, write_adapter
+from rankflow.export.write import peft_layout, write_adapter
 from rankflow.resizing.sharding import check_shards
 
 
@@ -64,25 +64,13 @@ def _write(job: ExportJob, whole: dict[str, Tensor]) -> None:
     state = dict(whole)
     for site in job.sites:
         _cut(site, state)
-    if not any(site.rank > 0 or site.magnitude is not None for site in job.sites):
-        raise ExportError(
-            f"all {len(job.sites)} sites of adapter {job.adapter_name!r} have rank 0: it is the "
-            "base model, and PEFT cannot load an adapter of nothing"
-        )
+    refuse_nothing(job.sites, job.adapter_name)
     config = _config(job)
-    about = About(
-        ranks={site.name: site.rank for site in job.sites},
-        trained=sum(site.parameters for site in job.sites),
-        base_model=job.base_model,
-        facts=job.facts,
-        classes=job.classes,
-        tokenizer=job.options.tokenizer,
-    )
     write_adapter(
         job.path,
         state,
         layout=peft_layout(config.save_pretrained),
-        about=about,
+        about=job.about,
         check=lambda folder: _report(job, folder, config.r),
     )
 

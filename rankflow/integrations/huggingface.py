@@ -9,17 +9,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankflow import processes
 from rankflow.checkpoint import check_resumable, checkpoint_name, load_state, save_state
 from rankflow.durable import claim, is_failed_write, seal
 from rankflow.engine import RankFlow
@@ -30,6 +29,12 @@ from rankflow.integrations.durable_trainer import (
     newest_checkpoint,
     tell_failure,
 )
+from rankflow.integrations.refusals import (
+    check_engine,
+    check_fresh,
+    check_plain,
+    refuse_other_ranks,
+)
 from rankflow.integrations.reporters import Reporters
 from rankflow.records import RankEvent
 from rankflow.report.events import EVENTS_FILE, EventLog
@@ -39,18 +44,6 @@ from rankflow.specs.budget import BudgetSpec
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[RankEvent], None]
-
-_REFUSED: Final = (
-    "DataParallel",
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-    DistributedType.MEGATRON_LM,
-    DistributedType.XLA,
-)
-_RESUME: Final = (
-    "resume with RankFlowTrainer, or with "
-    "trainer.train(resume_from_checkpoint=callback.resume(trainer))"
-)
 
 
 class RankFlowCallback(TrainerCallback):
@@ -173,7 +166,7 @@ class RankFlowCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Refuse, from now until training begins, to load weights of other ranks."""
-        self._guard = model.register_load_state_dict_pre_hook(_refuse_other_ranks)
+        self._guard = model.register_load_state_dict_pre_hook(refuse_other_ranks)
 
     def on_train_begin(
         self,
@@ -188,15 +181,15 @@ class RankFlowCallback(TrainerCallback):
         """Attach the engine, resize to the start budget or to the resumed ranks, open the sinks."""
         if self._guard is not None:
             self._guard.remove()
-        _check_engine(args)
+        check_engine(args)
         flow = self.flow
         is_new = flow is None or flow.steps != state.global_step
         if not self._keeps_checkpoints:
-            _check_plain(args, state, is_new)
+            check_plain(args, state, is_new)
             if state.is_world_process_zero:
                 self._claim.enter_context(claim(Path(args.output_dir)))
         if flow is None or is_new:
-            _check_fresh(optimizer)
+            check_fresh(optimizer)
             flow = self.start(extract_model_from_parallel(model), state.max_steps, None)
         if flow.total_steps != state.max_steps:
             raise CheckpointError(
@@ -394,55 +387,6 @@ class RankFlowTrainer(DurableTrainer):
         history = flow.history
         flow.load_state_dict(state)
         flow.history = history  # it tells what happened, not what led to the best model
-
-
-def _refuse_other_ranks(model: nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name or name not in state_dict or parameter.numel() == 0:
-            continue  # for what is empty a state dict holds a stand-in
-        if state_dict[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"the checkpoint holds {name} of shape {tuple(state_dict[name].shape)} and the "
-                f"model has {tuple(parameter.shape)}: its ranks have moved, and this Trainer "
-                f"cannot follow; {_RESUME}"
-            )
-
-
-def _check_plain(args: TrainingArguments, state: TrainerState, is_new: bool) -> None:
-    if state.global_step > 0 and is_new:
-        raise CheckpointError(
-            f"the run was resumed at step {state.global_step}, and this Trainer does not restore "
-            f"the scores and the budget's history; {_RESUME}"
-        )
-    if args.load_best_model_at_end:
-        raise RankFlowError(
-            "load_best_model_at_end=True needs a Trainer that brings the model to the ranks of "
-            "the best checkpoint; use RankFlowTrainer, or set it to False"
-        )
-
-
-def _check_engine(args: TrainingArguments) -> None:
-    """Refuse the engines under which ranks cannot change, or would change without effect."""
-    engine = args.distributed_state.distributed_type if args.n_gpu <= 1 else "DataParallel"
-    if engine is DistributedType.NO and processes.are_several():
-        raise RankFlowError(
-            "the job has several processes, and this Trainer trains in each of them as if it were "
-            "alone; without accelerators set use_cpu=True in its arguments"
-        )
-    if engine in _REFUSED:
-        raise RankFlowError(
-            f"this Trainer trains under {getattr(engine, 'value', engine)}, where RankFlow cannot "
-            "change ranks; use DistributedDataParallel: torchrun with one process for each device, "
-            "and neither fsdp nor deepspeed. FSDP2 works in a loop of your own, with rf.RankFlow"
-        )
-
-
-def _check_fresh(optimizer: Optimizer) -> None:
-    if optimizer.state:
-        raise RankFlowError(
-            "the optimizer has taken steps before, perhaps in an earlier train(), and its state "
-            "does not fit the ranks at which a run begins; make a new Trainer for a new run"
-        )
 
 
 def _is_scaled(optimizer: Optimizer) -> bool:

@@ -3,6 +3,9 @@
 The exit code is 128 plus the signal's number, as shells have it: 143 for SIGTERM, 130 for SIGINT
 (Ctrl-C). A second signal, and one outside of training, where there is nothing to save, ends the
 process at once.
+
+In a job of several processes all ask each other after every step whether a signal came, since all
+have to save the same step: one small message between hosts, which loops of one's own do not have.
 """
 
 import signal

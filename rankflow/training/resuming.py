@@ -1,6 +1,5 @@
 """Where ``rankflow train --resume`` goes on."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 from rankflow.checkpoint import find_checkpoint
 from rankflow.errors import CheckpointError, brief, excerpt
 from rankflow.specs.run import RunSpec
+from rankflow.strict_json import parse_json
 from rankflow.training.result import RunResult
 from rankflow.training.run_folder import METRICS_FILE, SPEC_FILE
 
@@ -67,7 +67,7 @@ def read_result(folder: Path) -> RunResult | None:
 
 def _check_spec(path: Path, spec: RunSpec) -> None:
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = parse_json(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(
             f"{path} is damaged ({brief(error)}); restore it, or begin anew without --resume"
