@@ -24,7 +24,7 @@ from rankflow.fingerprint import fingerprints
 from rankflow.integrations.huggingface import RankFlowCallback, RankFlowTrainer
 from rankflow.specs.budget import BudgetSpec
 
-STEPS, BATCH, TOLERANCE = 24, 16, 1e-4
+STEPS, BATCH, TOLERANCE = 24, 16, 1e-5
 MOVES = {
     "rank": 1.0,
     "warmup": 2,
@@ -137,8 +137,9 @@ def assert_same_run(many, one):
         assert each["prints"] == many[0]["prints"]
         assert all(map(torch.equal, each["weights"], many[0]["weights"]))
         assert all(map(torch.equal, each["scores"], many[0]["scores"]))
+        # Scores are squares of gradients, which have moved apart with the weights.
         for found, expected in zip(each["scores"], one["scores"], strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
 
 
 def comes_back(ranks):
@@ -318,5 +319,5 @@ def test_trainers_train_in_two_processes_as_in_one(make, accumulation, in_proces
     for found, others, prints in ended:
         assert others == moved
         assert prints == ended[0][2]
-        assert found == pytest.approx(losses, rel=1e-3)
+        assert found == pytest.approx(losses, rel=TOLERANCE)
     assert (tmp_path / "two" / "events.jsonl").read_text().count("\n") == len(moved)
