@@ -65,7 +65,7 @@ def run_bench(
     """
     place = _find_device(device)
     if place.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     measurements = []
     with console.status("") as status:
         for case in cases:
@@ -134,7 +134,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc not to give freed memory back to the system after every step.
 
     Whether it does depends on what the process allocated before, and decides by up to a third of a

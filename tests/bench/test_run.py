@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _leave_the_allocator(monkeypatch):
-    monkeypatch.setattr(run, "_keep_freed_memory", lambda: None)
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture(params=[case.name for case in CASES])

@@ -1,0 +1,225 @@
+"""How the cost of RankFlow grows with layers, rank, tokens and sites, and what a model of it says.
+
+    python examples/benchmarks/scale.py
+
+Small decoder layers in float32 on one CPU core. What RankFlow's DoRA adds to a training step without
+adapter is measured at points that differ from one base in one dimension. A model counts what the
+code does (`rankflow.bench.ledger`) and has three constants of the machine, found at the points
+marked with *; all others it has to predict. Scores and events are timed by themselves and predicted
+from the two smallest points of each, and the allocation from its smallest: by C log C in the number
+of components.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from rankflow import load_budget
+from rankflow.bench.ledger import Operation, ledger_of
+from rankflow.bench.machine import Machine, calibrate
+from rankflow.bench.run import keep_freed_memory
+from rankflow.bench.shapes import SMALL
+from rankflow.bench.trainee import EVERY, Adapter, Workload, start
+from rankflow.budgeting import resolve_budget
+from rankflow.records import ComponentTable, SiteInfo
+
+CPU = torch.device("cpu")
+ROUNDS = 15
+TARGETS = {
+    7: "all-linear",
+    4: ("q_proj", "k_proj", "v_proj", "o_proj"),
+    3: ("gate_proj", "up_proj", "down_proj"),
+}
+LLAMA = (
+    (4096, 4096),
+    (4096, 1024),
+    (4096, 1024),
+    (4096, 4096),
+    *[(4096, 14336)] * 2,
+    (14336, 4096),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A size; ``sites`` are those of a layer."""
+
+    layers: int = 4
+    rank: int = 32
+    tokens: int = 256
+    sites: int = 7
+
+    @property
+    def workload(self) -> Workload:
+        """What is trained."""
+        return Workload(SMALL, self.layers, self.tokens, torch.float32, False, TARGETS[self.sites])
+
+
+BASE = Point()
+CALIBRATION = (BASE, Point(rank=8), Point(rank=128), Point(tokens=1024))
+POINTS = (
+    *(replace(BASE, layers=n) for n in (4, 8, 16, 32)),
+    *(replace(BASE, rank=r) for r in (8, 128, 384)),
+    *(replace(BASE, tokens=t) for t in (64, 512, 1024)),
+    *(replace(BASE, sites=s) for s in (3, 4)),
+    Point(layers=8, rank=128, tokens=128),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What RankFlow's DoRA adds to a step: the code's own counts, and seconds."""
+
+    ours: Sequence[Operation]
+    floor: Sequence[Operation]
+    floor_seconds: float
+    seconds: float
+
+
+def measure_step(point: Point) -> Cost:
+    """Let an adapted model and a bare one take turns."""
+    bare, ours = (
+        start(point.workload, adapter, point.rank, CPU, 10**6)
+        for adapter in (Adapter.NONE, Adapter.DORA)
+    )
+    for _ in range(2):
+        bare.step(), ours.step()
+    counted = [ledger_of(trainee.train) for trainee in (bare, ours)]
+    turns = [(bare.step().total, ours.step().total) for _ in range(ROUNDS)]
+    gap = statistics.median(mine - floor for floor, mine in turns)
+    return Cost(counted[1], counted[0], statistics.median(floor for floor, _ in turns), gap)
+
+
+def show_steps(console: Console) -> None:
+    """Measure what a step costs at all points, and hold the model against it."""
+    costs = {point: measure_step(point) for point in POINTS}
+    chosen = [costs[point] for point in CALIBRATION]
+    machine = calibrate([(c.ours, c.floor) for c in chosen], [c.seconds for c in chosen])
+    table = Table(
+        "layers", "rank", "tokens", "sites", "bare ms", "added ms", "of bare", "predicted", "error",
+        box=None, title="what RankFlow's DoRA adds to a training step",
+    )  # fmt: skip
+    for point, cost in costs.items():
+        predicted = machine.seconds(cost.ours) - machine.seconds(cost.floor)
+        table.add_row(
+            f"{point.layers}{'*' if point in CALIBRATION else ''}",
+            str(point.rank),
+            str(point.tokens),
+            str(point.layers * point.sites),
+            f"{cost.floor_seconds * 1e3:.0f}",
+            f"{cost.seconds * 1e3:.1f}",
+            f"{cost.seconds / cost.floor_seconds:.1%}",
+            f"{predicted * 1e3:.1f}",
+            f"{predicted / cost.seconds - 1:+.0%}",
+        )
+    console.print(table)
+    console.print(describe(machine), style="dim", highlight=False)
+
+
+def describe(machine: Machine) -> str:
+    """Return the constants of a machine in words."""
+    return (
+        f"{machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s, "
+        f"{machine.latency * 1e6:.1f} us an operation"
+    )
+
+
+def measure_engine(layers: int, rank: int) -> tuple[float, float, int]:
+    """Return the seconds of `observe` and of an event, and the adapter's parameters."""
+    workload = Point(layers=layers, tokens=16).workload
+    trainee = start(workload, Adapter.LORA, rank, CPU, 10**6)
+    times = [trainee.step() for _ in range(6 * EVERY)][EVERY:]
+    assert trainee.flow is not None  # of an adapter that moves ranks
+    scores = statistics.median(t.importance for t in times if t.kind == "plain")
+    return (
+        scores,
+        statistics.median(t.event for t in times if t.kind == "event"),
+        trainee.flow.spent,
+    )
+
+
+def show_engine(console: Console) -> None:
+    """Measure scores and events, and predict the larger ones from the two smallest."""
+    layers = (4, 8, 16, 32)
+    for rank in (8, 32):
+        found = [measure_engine(n, rank) for n in layers]
+        table = Table(
+            "sites", "parameters", "observe ms", "predicted", "error", "event ms", "predicted",
+            "error", box=None, title=f"scores and events at rank {rank}",
+        )  # fmt: skip
+        for n, (scores, event, parameters) in zip(layers, found, strict=True):
+            cells = [str(7 * n), f"{parameters:,}"]
+            for i, seconds in enumerate((scores, event)):
+                line = np.polyfit(layers[:2], [each[i] for each in found[:2]], 1)
+                predicted = float(np.polyval(line, n))
+                cells += [
+                    f"{seconds * 1e3:.2f}",
+                    f"{predicted * 1e3:.2f}",
+                    f"{predicted / seconds - 1:+.0%}",
+                ]
+            table.add_row(*cells)
+        console.print(table)
+
+
+def time_allocation(sites: int, repeats: int = 5) -> tuple[int, float]:
+    """Return the components of a model and the seconds of one decision about them."""
+    infos = [
+        SiteInfo(f"site{i}", "linear", *LLAMA[i % 7], False, min_rank=0, max_rank=1024)
+        for i in range(sites)
+    ]
+    spec = load_budget("reallocate", rank=8)
+    resolved = resolve_budget(
+        spec, infos, total_steps=1000, base_parameters=1, bytes_per_parameter=4
+    )
+    rng = np.random.default_rng(0)
+    ranks, components = resolved.start_ranks, int(resolved.start_ranks.sum())
+    ages = np.full(components, spec.protect)
+    scores, demand = rng.lognormal(0, 1.5, components), rng.lognormal(0, 1.5, sites)
+    table = ComponentTable(resolved.sites, ranks, scores, ages, demand)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        resolved.scheduler.plan(table, step=300)
+        seconds.append(time.perf_counter() - began)
+    return components, statistics.median(seconds)
+
+
+def show_allocation(console: Console) -> None:
+    """Measure the allocation, and predict the larger ones from the smallest."""
+    table = Table("sites", "components", "ms", "predicted", "error", box=None, title="allocation")
+    constant = None
+    for sites in (10**3, 10**4, 10**5):
+        components, seconds = time_allocation(sites)
+        size = components * np.log2(components)
+        constant = constant or seconds / size
+        predicted = constant * size
+        table.add_row(
+            f"{sites:,}",
+            f"{components:,}",
+            f"{seconds * 1e3:.0f}",
+            f"{predicted * 1e3:.0f}",
+            f"{predicted / seconds - 1:+.0%}",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Measure all."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    console = Console(width=110)
+    show_allocation(console)
+    show_engine(console)
+    show_steps(console)
+
+
+if __name__ == "__main__":
+    main()
