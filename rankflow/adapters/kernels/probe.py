@@ -1,7 +1,5 @@
 """The smallest kernel that shows whether Triton works on a device."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +23,7 @@ def probe(device: torch.device) -> None:
 
 
 @triton.jit
-def _square(pointer: Any, SIZE: tl.constexpr) -> None:
+def _square(pointer: tl.tensor, SIZE: tl.constexpr) -> None:
     steps = tl.arange(0, SIZE)
     tile = pointer + steps[:, None] * SIZE + steps[None, :]
     values = tl.load(tile)
