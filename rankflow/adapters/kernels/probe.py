@@ -1,0 +1,30 @@
+"""The smallest kernel that shows whether Triton works on a device."""
+
+import torch
+import triton
+import triton.language as tl
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def probe(device: torch.device) -> None:
+    """Compile and run a product in bfloat16, which the oldest usable GPU must have.
+
+    Args:
+        device: A GPU.
+
+    Raises:
+        Exception: Whatever the compiler or the driver raises.
+    """
+    # Tensors may be without numbers where somebody asks first.
+    with _disable_current_modes(), torch.cuda.device(device):
+        square = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+        _square[(1,)](square, SIZE=16)
+        torch.cuda.synchronize(device)
+
+
+@triton.jit
+def _square(pointer: tl.tensor, SIZE: tl.constexpr) -> None:
+    steps = tl.arange(0, SIZE)
+    tile = pointer + steps[:, None] * SIZE + steps[None, :]
+    values = tl.load(tile)
+    tl.store(tile, tl.dot(values, values).to(tl.bfloat16))
