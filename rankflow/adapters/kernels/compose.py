@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankflow.adapters.kernels.dot import dot, dot_precision
 from rankflow.adapters.kernels.launch import ceil_div, on_device, power_of_two
+from rankflow.adapters.kernels.tiles import dot, dot_precision, sum_of_parts
 
 _PROGRAMS = 512  # about four for each multiprocessor of the largest GPUs
 _MIX = {"TOKENS": 64, "FEATURES": 64}
@@ -356,14 +356,12 @@ def _finish(
     js = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     there = js < out
     c = tl.load(factor + js, there, 0.0)
-    dots = tl.zeros((FEATURES,), tl.float32)
-    for split in range(splits):
-        dots += tl.load(along + tl.cast(split, tl.int64) * out + js, there, 0.0)
+    dots = sum_of_parts(along, splits, js, out)
     for start in range(0, rank, RANKS):
         ks = start + tl.arange(0, RANKS)
         mask = (ks < rank)[:, None] & there[None, :]
         products = tl.zeros((RANKS, FEATURES), tl.float32)
-        for split in range(splits):
+        for split in tl.range(splits, num_stages=4):
             row = tl.cast(split, tl.int64) * rank + ks
             products += tl.load(outer + row[:, None] * out + js[None, :], mask, 0.0)
         tile = js.to(tl.int64)[None, :] * rank + ks[:, None]
@@ -376,7 +374,4 @@ def _finish(
     is_zero = n <= 1.1754943508222875e-38
     tl.store(d_magnitude + js, tl.where(is_zero, 0.0, dots / n), there)
     if WANTS_BIAS:
-        sums = tl.zeros((FEATURES,), tl.float32)
-        for split in range(splits):
-            sums += tl.load(total + tl.cast(split, tl.int64) * out + js, there, 0.0)
-        tl.store(d_bias + js, (1.0 - c) * sums, there)
+        tl.store(d_bias + js, (1.0 - c) * sum_of_parts(total, splits, js, out), there)
