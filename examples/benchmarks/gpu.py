@@ -1,19 +1,19 @@
 """A training step in the shape of Llama-3-8B: no adapter, PEFT's adapters, and RankFlow's.
 
-    python examples/benchmarks/gpu.py                     # on a GPU if there is one, else a small form
+    python examples/benchmarks/gpu.py                     # on a GPU, or else in a small form
     python examples/benchmarks/gpu.py --record gpu.json   # and the figures for a script
 
 On a GPU: 8 of the 32 decoder layers, random weights in bf16 and once in nf4, 4096 tokens, adapters
 in float32 on all 7 linear layers; embedding and head are left out. The contestants take turns, step
-by step, so that whatever slows the machine slows all alike. A run is one in miniature, with an event
-at every 8th step and gradients sketched in 2 steps before it, of which the table says
+by step, so that whatever slows the machine slows all alike. A run is one in miniature, with an
+event at every 8th step and gradients sketched in 2 steps before it, of which the table says
 
-* step: median of the steps without event and sketch; its ratios to no adapter, to PEFT's LoRA and to
-  PEFT's DoRA are medians over turns;
+* step: median of the steps without event and sketch; its ratios to no adapter, to PEFT's LoRA and
+  to PEFT's DoRA are medians over turns;
 * tokens/s: of all 32 layers, as if each took what these take;
 * peak: the most that weights, adapter, optimizer and steps hold at a time, events included;
 * scores: `observe` (in AdaLoRA `update_and_allocate`), as a share of the step;
-* event: the reallocation of all sites, and sketched: a step in which gradients are sketched, in steps;
+* event: the reallocation of all sites, and sketched: a step with its gradients sketched, in steps;
 * run: the average step of 1,000 at the preset's own pace, over PEFT LoRA's step.
 """
 

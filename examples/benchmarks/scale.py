@@ -1,13 +1,13 @@
-"""How the cost of RankFlow grows with layers, rank, tokens and sites, and what a model of it says.
+"""How the cost of RankFlow grows with layers, rank, tokens and sites, and what a model says of it.
 
     python examples/benchmarks/scale.py
 
-Small decoder layers in float32 on one CPU core. What RankFlow's DoRA adds to a training step without
-adapter is measured at points that differ from one base in one dimension. A model counts what the
-code does (`rankflow.bench.ledger`) and has three constants of the machine, found at the points
-marked with *; all others it has to predict. Scores and events are timed by themselves and predicted
-from the two smallest points of each, and the allocation from its smallest: by C log C in the number
-of components.
+Small decoder layers in float32 on one CPU core. What RankFlow's DoRA adds to a training step
+without adapter is measured at points that differ from one base in one dimension. A model counts
+what the code does (`rankflow.bench.ledger`) and has three constants of the machine, found at the
+points marked with *; all others it has to predict. Scores and events are timed by themselves and
+predicted from the two smallest points of each, and the allocation from its smallest: by C log C in
+the number C of components.
 """
 
 import statistics

@@ -5,7 +5,7 @@ tensors without numbers. A few constants of a machine turn them into seconds.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +60,10 @@ class Ledger(TorchDispatchMode):
         packet = _IN_PLACE.get(operation._overloadpacket, operation._overloadpacket)
         count = flop_registry.get(packet)
         flops = 0 if count is None else count(*args, **kwargs, out_val=result)
+        flops += _flops_of_kernel(packet.__name__, args)
         read = [] if _only_writes(operation) else given
         moved = sum(_bytes(t) for t in [*read, *made])
-        is_wide = flops > 0 and any(t.element_size() >= 4 for t in given)
+        is_wide = flops > 0 and given[0].element_size() >= 4
         name = str(operation._overloadpacket)
         self.operations.append(Operation(name, int(flops), moved, is_wide))
         return result
@@ -81,6 +82,18 @@ def _is_view(operation: Any, given: list[Tensor], made: list[Tensor]) -> bool:
         return not made
     storages = {t.untyped_storage()._cdata for t in given}
     return all(t.untyped_storage()._cdata in storages for t in made)
+
+
+def _flops_of_kernel(name: str, args: Sequence[Any]) -> int:
+    """Return the arithmetic of the product in one of RankFlow's own kernels."""
+    if name == "row_norms":
+        weight, A = args[:2]
+        terms = 2 if weight.element_size() < A.element_size() else 1  # of A, see kernels/norm.py
+        return 2 * terms * weight.numel() * len(A)
+    if name in ("mix", "mix_gradients"):
+        hidden = args[1 if name == "mix" else 2]
+        return 2 * args[0].numel() * len(hidden)
+    return 0
 
 
 def _only_writes(operation: Any) -> bool:

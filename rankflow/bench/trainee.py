@@ -85,15 +85,25 @@ class Trainee:
         rank: Its rank, or that of plain LoRA with as many parameters.
         x: Hidden states, shape ``(1, tokens, hidden)``, on the model's device.
         steps: Steps of the whole run.
+        foreach: As of torch's AdamW, which by default takes all tensors at a time on a GPU.
     """
 
-    def __init__(self, model: Any, adapter: Adapter, rank: int, x: Tensor, steps: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        rank: int,
+        x: Tensor,
+        steps: int,
+        *,
+        foreach: bool | None = None,
+    ) -> None:
         torch.manual_seed(0)
         self.model = model
         self._adapter = adapter
         self.flow = RankFlow(model, budget_of(adapter, rank), steps) if adapter in PRESETS else None
         trained = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained) if trained else None
+        self._optimizer = torch.optim.AdamW(trained, foreach=foreach) if trained else None
         self._x = x.requires_grad_()
         self._laps = Laps(x.device)
         self._taken = 0
@@ -108,13 +118,19 @@ class Trainee:
 
     def peak(self) -> int:
         """Train from one event past the next; return the most bytes that tensors hold at a time."""
-        held = [*self.model.parameters(), *self.model.buffers(), self._x]
 
         def train() -> None:
             for _ in range(EVERY + 1):
                 self.train()
 
-        return peak_bytes(train, self._x.device, held)
+        return peak_bytes(train, self._x.device, self.held)
+
+    @property
+    def held(self) -> list[Tensor]:
+        """All tensors that are there between two steps."""
+        states = {} if self._optimizer is None else self._optimizer.state
+        kept = [v for state in states.values() for v in state.values() if isinstance(v, Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), self._x, *kept]
 
     def train(self) -> None:
         """Train for a step, without a look at the clock."""
