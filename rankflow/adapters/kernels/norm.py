@@ -3,9 +3,9 @@ r"""The norm of each output row of ``W + s B A`` from one reading of W.
 .. math:: n_j^2 = \lVert W_j \rVert^2 + 2 s \sum_k B_{jk} (W A^\top)_{jk}
     + s^2 (B G B^\top)_{jj}, \qquad G = A A^\top
 
-*Bytes.* Nothing of W's size is written. Per element of a bfloat16 W the kernels move 2 bytes; the
-torch code for a GPU moves 26 (a copy to float32, the sum, its square, their sum) and PEFT 14 (the
-dense ``B A``, its multiple by s, the sum, its norm).
+*Bytes.* Nothing of W's size is written. Per element of a bfloat16 W the kernels move 2 bytes. The
+torch code for a GPU moves 34 (a copy to float32, the sum, its square, their sum), and PEFT 42 (an
+identity matrix, the dense ``B A``, a copy of W, the multiple by s, the sum, its norm).
 
 *Split.* Programs that only own rows would be too few to fill a GPU, and with few rows each they
 would read A from the cache more often than W from memory. So the columns are split too, and so is
@@ -71,7 +71,7 @@ def norm_blocks(out: int, columns: int, rank: int, *, itemsize: int, terms: int)
     >>> norm_blocks(4096, 4096, 32, itemsize=2, terms=2)
     NormBlocks(rows=64, columns=64, ranks=32, width=512, warps=4, stages=4)
     >>> norm_blocks(4096, 14336, 384, itemsize=2, terms=2)
-    NormBlocks(rows=128, columns=64, ranks=128, width=2432, warps=8, stages=2)
+    NormBlocks(rows=128, columns=64, ranks=128, width=2880, warps=8, stages=2)
     >>> norm_blocks(5, 7, 0, itemsize=4, terms=1)
     NormBlocks(rows=64, columns=32, ranks=16, width=32, warps=4, stages=4)
     """
