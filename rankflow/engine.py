@@ -413,7 +413,7 @@ class RankFlow:
             "bad_steps": self._bad_steps.in_a_row,
             "limit": self._limit,
             "magnitudes": magnitudes_on(self._sites).tolist(),
-            "young": [list(steps) for steps in self._fair_start.steps],
+            "young": self._fair_start.lived(),
             **self._resizer.state(),
             **self._tracker.state(),
             "scorer": self._tracker.tensors(),
@@ -448,7 +448,7 @@ class RankFlow:
         self._steps, self._observed = state["steps"], state["observed"]
         self._bad_steps.restart(state["bad_steps"])
         self._limit = state["limit"]
-        self._fair_start.steps = [list(steps) for steps in state["young"]]
+        self._fair_start.resume(state["young"])
         self._tracker.load(state, state["scorer"])
         for key, factor in self._gated_factors().items():
             renew(factor, state["gated"][key])

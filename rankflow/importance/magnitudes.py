@@ -87,8 +87,8 @@ class _Moves:
     def __init__(self, sites: Sequence[Site]) -> None:
         self._on = [(site, m) for site in sites if (m := site.magnitude) is not None]
         self._home = sites[0].A.device
-        entries = [0 if site.magnitude is None else site.out_features for site in sites]
-        self.lengths = torch.tensor(entries, device=self._home)
+        self.entries = [0 if site.magnitude is None else site.out_features for site in sites]
+        self.lengths = torch.tensor(self.entries, device=self._home)
         self.is_on = (self.lengths > 0).float()
 
     def moves(self) -> Tensor:
@@ -186,11 +186,11 @@ class SensitivityOfMagnitude:
 
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the magnitudes through a resize."""
-        old = self._averages.split(self._moves.lengths.tolist(), dim=1)
+        old = self._averages.split(self._moves.entries, dim=1)
         self._moves = _Moves(sites)
         parts = [
             old[source] if source >= 0 and length > 0 else self._averages.new_zeros((2, length))
-            for source, length in zip(sources.tolist(), self._moves.lengths.tolist(), strict=True)
+            for source, length in zip(sources.tolist(), self._moves.entries, strict=True)
         ]
         self._averages = torch.cat(parts, dim=1)
 

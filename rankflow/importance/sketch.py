@@ -145,7 +145,9 @@ class GradientSketch:
         accept = accept & self._is_finite(accept.device)
         for sums in self._sums:
             home = sums.step.device
-            scale = torch.as_tensor(loss_scale).to(home, non_blocking=True)
+            scale = loss_scale
+            if isinstance(scale, Tensor):
+                scale = scale.to(home, non_blocking=True)
             here = accept.to(home, non_blocking=True)
             sums.total.add_(torch.where(here, sums.step.div_(scale), 0))
             sums.step.zero_()
@@ -301,7 +303,9 @@ class _Draws:
             words = np.random.SeedSequence([*self._seed, *key]).generate_state(1)
             generator = torch.Generator().manual_seed(int(words[0]))
             drawn = torch.randn(rows, columns, generator=generator).bfloat16()
-            self._made[key] = drawn.to(self._device, self._dtype)
+            if self._device.type == "cuda":  # a copy from other memory would wait for the device
+                drawn = drawn.pin_memory()
+            self._made[key] = drawn.to(self._device, non_blocking=True).to(self._dtype)
         return self._made[key]
 
 
