@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rankflow.adapters.base_weight import is_zero_row, magnitude_factor
+from rankflow.adapters.kernels.choose import fits
 
 
 class Compose(torch.autograd.Function):
@@ -49,16 +50,11 @@ class Compose(torch.autograd.Function):
         dtype = base.dtype
         inputs = x.flatten(0, -2).to(dtype)  # (tokens, in)
         factor = magnitude_factor(magnitude, norms)
-        # In low precision c - 1 is exact to more digits than c, which is near 1.
-        excess = (factor - 1).to(dtype)
         hidden = A.to(dtype) @ inputs.T  # (rank, tokens)
-        scaled = (B * (scale * factor).unsqueeze(1)).to(dtype)
-        if bias is None:
-            y = torch.addcmul(base, base, excess)
-        else:
-            y = torch.lerp(base, bias.to(dtype), -excess)
-        y = y.contiguous()
-        y.view(-1, len(B)).addmm_(hidden.T, scaled.T)
+        compute = _mix
+        if fits(base, hidden, B, factor, *_given(bias)):
+            from rankflow.adapters.kernels.compose import mix as compute  # Triton is optional
+        y = compute(base, hidden, B, factor, bias, scale)
         ctx.save_for_backward(base, inputs, hidden, A, B, magnitude, bias, norms, factor)
         ctx.scale = scale
         ctx.x_like = (x.shape, x.dtype)
@@ -70,31 +66,79 @@ class Compose(torch.autograd.Function):
         """Return the gradients of all inputs that want one."""
         base, inputs, hidden, A, B, magnitude, bias, norms, factor = ctx.saved_tensors
         x_shape, x_dtype = ctx.x_like
+        wants = ctx.needs_input_grad
         g = gradient.flatten(0, -2)  # (tokens, out)
-        dtype, wide = g.dtype, factor.dtype
-        scales = (ctx.scale * factor).unsqueeze(1)
-        outer = (hidden @ g).T.contiguous().to(wide)  # (out, rank)
-        along = _dot_over_tokens(g, base.flatten(0, -2), bias, wide)
-        along = along + ctx.scale * (outer * B.to(wide)).sum(dim=1)
-        d_magnitude = torch.where(is_zero_row(norms), 0, along / norms)
-        d_hidden = (B * scales).to(dtype).T @ g.T  # (rank, tokens)
-        d_base = d_x = d_bias = None
-        if ctx.needs_input_grad[0]:
-            d_base = torch.addcmul(g, g, (factor - 1).to(dtype)).view(base.shape)
-        if ctx.needs_input_grad[1]:
-            d_x = (d_hidden.T @ A.to(dtype)).to(x_dtype).view(x_shape)
-        if bias is not None and ctx.needs_input_grad[5]:
-            d_bias = ((1 - factor) * g.sum(dim=0, dtype=wide)).to(bias.dtype)
+        compute = _mix_gradients
+        if fits(g, base, hidden, B, factor, norms, *_given(bias)):
+            from rankflow.adapters.kernels.compose import mix_gradients as compute
+        d_base, d_B, d_magnitude, d_bias = compute(
+            g, base.flatten(0, -2), hidden, B, factor, norms, bias, ctx.scale, wants[0], wants[5]
+        )
+        d_x = d_A = None
+        if wants[1] or wants[2]:
+            scales = (ctx.scale * factor).unsqueeze(1)
+            d_hidden = (B * scales).to(g.dtype).T @ g.T  # (rank, tokens)
+            if wants[1]:
+                d_x = (d_hidden.T @ A.to(g.dtype)).to(x_dtype).view(x_shape)
+            if wants[2]:
+                d_A = (d_hidden @ inputs).to(A.dtype)
         return (
-            d_base,
+            None if d_base is None else d_base.view(base.shape),
             d_x,
-            (d_hidden @ inputs).to(A.dtype),
-            (outer * scales).to(B.dtype),
+            d_A,
+            d_B,
             d_magnitude.to(magnitude.dtype).view(magnitude.shape),
-            d_bias,
+            None if bias is None or d_bias is None else d_bias.to(bias.dtype),
             None,
             None,
         )
+
+
+def _given(bias: Tensor | None) -> tuple[Tensor, ...]:
+    return () if bias is None else (bias,)
+
+
+def _mix(
+    base: Tensor, hidden: Tensor, B: Tensor, factor: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """Return DoRA's output, shape ``(..., out)``, from the base layer's and ``A x``."""
+    dtype = base.dtype
+    # In low precision c - 1 is exact to more digits than c, which is near 1.
+    excess = (factor - 1).to(dtype)
+    scaled = (B * (scale * factor).unsqueeze(1)).to(dtype)
+    if bias is None:
+        y = torch.addcmul(base, base, excess)
+    else:
+        y = torch.lerp(base, bias.to(dtype), -excess)
+    y = y.contiguous()
+    y.view(-1, len(B)).addmm_(hidden.T, scaled.T)
+    return y
+
+
+def _mix_gradients(
+    g: Tensor,
+    base: Tensor,
+    hidden: Tensor,
+    B: Tensor,
+    factor: Tensor,
+    norms: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    wants_base: bool,
+    wants_bias: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of the base layer's output, of B, of m and of the bias."""
+    wide = factor.dtype
+    outer = (hidden @ g).T.contiguous().to(wide)  # (out, rank)
+    along = _dot_over_tokens(g, base, bias, wide)
+    along = along + scale * (outer * B.to(wide)).sum(dim=1)
+    d_base = torch.addcmul(g, g, (factor - 1).to(g.dtype)) if wants_base else None
+    return (
+        d_base,
+        (outer * (scale * factor).unsqueeze(1)).to(B.dtype),
+        torch.where(is_zero_row(norms), 0, along / norms),
+        (1 - factor) * g.sum(dim=0, dtype=wide) if wants_bias else None,
+    )
 
 
 def _dot_over_tokens(g: Tensor, base: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:

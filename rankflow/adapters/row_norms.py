@@ -7,6 +7,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from rankflow.adapters.base_weight import dense_weight, output_axis
+from rankflow.adapters.kernels.choose import fits
 
 # Small enough for a core's cache; a GPU wants few launches instead.
 _TILE_BYTES = {"cpu": 2**19}
@@ -29,13 +30,14 @@ def row_norms_of_sum(
 ) -> Tensor:
     r"""Norm of each output row of :math:`W + s B A`, without forming the sum.
 
-    On a CPU the square is expanded,
+    On a CPU and in the kernel for GPUs the square is expanded,
 
     .. math:: n_j^2 = \lVert W_j \rVert^2 + 2 s \sum_k B_{jk} (W A^\top)_{jk}
         + s^2 (B A A^\top B^\top)_{jj},
 
     and rows in which these terms nearly cancel are taken again from their sum. Elsewhere asking
     whether there are such rows would wait for the device, so all rows are summed, tile by tile.
+    The kernel, which asks on the device, reads W once.
 
     Args:
         weight: W, ``(out, in)`` for ``axis`` 0 and ``(in, out)`` for 1.
@@ -48,6 +50,10 @@ def row_norms_of_sum(
     Returns:
         Norms, shape ``(out,)``, at least float32, and never 0.
     """
+    if fits(weight, A, B):
+        from rankflow.adapters.kernels.norm import row_norms  # Triton is optional
+
+        return row_norms(weight, A, B, scale, axis, _CANCELLED)
     A, B = _widened(A, weight), _widened(B, weight)
     if axis == 1 or weight.device.type != "cpu" or torch.compiler.is_compiling():
         total = _sum_of_squares(weight, A, B, scale, axis)

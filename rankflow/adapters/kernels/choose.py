@@ -11,10 +11,11 @@ import os
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+_PLAIN = (Tensor, nn.Parameter)  # not sharded, fake or quantised
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _works: dict[int, bool] = {}  # by the index of the device
@@ -32,7 +33,7 @@ def fits(*tensors: Tensor) -> bool:
     """
     device = tensors[0].device
     for tensor in tensors:
-        if tensor.device != device or tensor.dtype not in _TYPES:
+        if type(tensor) not in _PLAIN or tensor.device != device or tensor.dtype not in _TYPES:
             return False
     return _can_run(device.type, device.index or 0)
 

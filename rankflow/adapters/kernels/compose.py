@@ -3,8 +3,8 @@ r"""DoRA's output from the base layer's, and its gradients, each from one readin
 .. math:: y = x_0 + (c - 1)(x_0 - b) + s\, c\, (B\, h), \qquad h = A x, \quad c_j = m_j / n_j
 
 where x_0 is the base layer's output, bias b included. With g the gradient of y, the gradients are
-``c g`` for x_0 and sums over tokens: ``s c (h g)`` for B, ``(1 - c) sum g`` for b, and for m the sum
-of ``g (x_0 - b + s B h)`` over n, whose last term is the row sum of ``s (h g) B``.
+``c g`` for x_0 and sums over tokens: ``s c (h g)`` for B, ``(1 - c) sum g`` for b, and for m the
+sum of ``g (x_0 - b + s B h)`` over n, whose last term is the row sum of ``s (h g) B``.
 
 *Bytes.* Both directions are bound by memory. In bytes per entry of a bfloat16 output, at few
 components:
@@ -27,8 +27,6 @@ partial sums than g itself has bytes, so it stays a product of cuBLAS that reads
 the small products with A.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -37,32 +35,14 @@ from torch import Tensor
 from rankflow.adapters.kernels.dot import dot, dot_precision
 from rankflow.adapters.kernels.launch import ceil_div, on_device, power_of_two
 
-_PROGRAMS = 256  # about two for each multiprocessor of the largest GPUs
-_MIX = {"TOKENS": 64, "FEATURES": 128}
+_PROGRAMS = 512  # about four for each multiprocessor of the largest GPUs
+_MIX = {"TOKENS": 64, "FEATURES": 64}
+_GRADIENTS = {"TOKENS": 32, "FEATURES": 64, "STAGES": 3}
 _FINISH = {"FEATURES": 32}
 
 
-@dataclass(frozen=True)
-class GradientBlocks:
-    """How the kernel of the gradients splits its work.
-
-    Attributes:
-        tokens: Tokens that a program reads at a time.
-        features: Output features of a program.
-        ranks: Components of a program.
-        width: Tokens that a program reads in all.
-        stages: Tiles that are loaded ahead.
-    """
-
-    tokens: int
-    features: int
-    ranks: int
-    width: int
-    stages: int
-
-
-def gradient_blocks(tokens: int, out: int, rank: int, itemsize: int) -> GradientBlocks:
-    """Choose blocks from shapes alone, the same on all devices.
+def split_gradients(tokens: int, out: int, rank: int, itemsize: int) -> tuple[int, int]:
+    """Choose how many components and how many tokens a program takes, from shapes alone.
 
     Args:
         tokens: Tokens.
@@ -70,40 +50,40 @@ def gradient_blocks(tokens: int, out: int, rank: int, itemsize: int) -> Gradient
         rank: Components.
         itemsize: Bytes of an entry of the output.
 
-    >>> gradient_blocks(4096, 4096, 32, 2)
-    GradientBlocks(tokens=32, features=128, ranks=32, width=512, stages=4)
-    >>> gradient_blocks(4096, 14336, 384, 2)
-    GradientBlocks(tokens=32, features=128, ranks=128, width=4096, stages=3)
-    >>> gradient_blocks(5, 7, 0, 4)
-    GradientBlocks(tokens=32, features=128, ranks=16, width=32, stages=2)
+    >>> split_gradients(4096, 4096, 32, 2)
+    (32, 512)
+    >>> split_gradients(4096, 14336, 384, 2)
+    (128, 4096)
+    >>> split_gradients(5, 7, 0, 4)
+    (16, 32)
     """
     ranks = power_of_two(rank, 16, 256 // itemsize)
-    programs = ceil_div(out, 128) * max(1, ceil_div(rank, ranks))
-    splits = max(1, min(_PROGRAMS // programs, tokens // 128))
-    width = max(1, ceil_div(ceil_div(tokens, splits), 32)) * 32
-    stages = 2 if itemsize == 4 else (4 if ranks <= 64 else 3)
-    return GradientBlocks(32, 128, ranks, width, stages)
+    step = _GRADIENTS["TOKENS"]
+    programs = ceil_div(out, _GRADIENTS["FEATURES"]) * max(1, ceil_div(rank, ranks))
+    splits = max(1, min(_PROGRAMS // programs, tokens // (4 * step)))
+    return ranks, max(1, ceil_div(ceil_div(tokens, splits), step)) * step
 
 
 @torch.library.custom_op("rankflow::mix", mutates_args=())
 def mix(
     base: Tensor, hidden: Tensor, B: Tensor, factor: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
-    """Return DoRA's output, shape ``(tokens, out)``, in the type of ``base``.
+    """Return DoRA's output in the shape and type of ``base``.
 
     Args:
-        base: Output of the base layer, bias included, shape ``(tokens, out)``, in any layout.
+        base: Output of the base layer, bias included, shape ``(..., out)``, in any layout.
         hidden: ``A x`` in the type of ``base``, shape ``(rank, tokens)``.
         B: Shape ``(out, rank)``.
         factor: c, shape ``(out,)``.
         bias: The base layer's bias, shape ``(out,)``, or None.
         scale: s.
     """
-    tokens, out = base.shape
-    y = base.new_empty(tokens, out)
+    y = base.new_empty(base.shape)
     if y.numel() == 0:
         return y
-    ranks = power_of_two(B.shape[1], 16, 64)
+    base = base.flatten(0, -2)
+    tokens, out = base.shape
+    ranks = power_of_two(B.shape[1], 16, 128 // base.element_size())
     grid = ceil_div(tokens, _MIX["TOKENS"]) * ceil_div(out, _MIX["FEATURES"])
     with on_device(base):
         _mix[(grid,)](
@@ -113,7 +93,7 @@ def mix(
             PRECISION=dot_precision(base),
             RANKS=ranks,
             **_MIX,
-            num_warps=8,
+            num_warps=4,
             num_stages=2,
         )
     return y
@@ -144,7 +124,7 @@ def mix_gradients(
 
     Args:
         g: Gradient of the output, shape ``(tokens, out)``, in any layout.
-        base: As for `mix`.
+        base: Output of the base layer, shape ``(tokens, out)``, in any layout.
         hidden: As for `mix`.
         B: As for `mix`.
         factor: c, shape ``(out,)``.
@@ -179,32 +159,30 @@ def _mix_gradients(
     if out == 0:
         return d_base, d_B, d_magnitude, d_bias
     hidden, B = hidden.contiguous(), B.contiguous()
-    blocks = gradient_blocks(tokens, out, rank, g.element_size())
-    splits = ceil_div(tokens, blocks.width)
+    ranks, width = split_gradients(tokens, out, rank, g.element_size())
+    splits = ceil_div(tokens, width)
     outer = factor.new_empty(splits, rank, out)
     along = factor.new_empty(splits, out)
     total = factor.new_empty(splits if wants_bias else 0, out)
-    parts = max(1, ceil_div(rank, blocks.ranks))
+    grid = (max(1, ceil_div(rank, ranks)), ceil_div(out, _GRADIENTS["FEATURES"]), splits)
     with on_device(g):
         if splits > 0:
-            _partial_gradients[(parts, ceil_div(out, blocks.features), splits)](
+            _partial_gradients[grid](
                 *(g, base, hidden, factor, bias, d_base, outer, along, total),
-                *(tokens, out, rank, *g.stride(), *base.stride(), blocks.width),
+                *(tokens, out, rank, *g.stride(), *base.stride(), width),
                 HAS_BIAS=bias is not None,
                 WANTS_BASE=wants_base,
                 WANTS_BIAS=wants_bias,
                 PRECISION=dot_precision(g),
-                TOKENS=blocks.tokens,
-                FEATURES=blocks.features,
-                RANKS=blocks.ranks,
-                num_warps=8,
-                num_stages=blocks.stages,
+                RANKS=ranks,
+                **_GRADIENTS,
+                num_warps=4,
             )
         _finish[(ceil_div(out, _FINISH["FEATURES"]),)](
             *(outer, along, total, B, factor, norms, d_B, d_magnitude, d_bias),
             *(out, rank, splits, scale),
             WANTS_BIAS=wants_bias,
-            RANKS=min(32, blocks.ranks),
+            RANKS=min(32, ranks),
             **_FINISH,
             num_warps=4,
         )
@@ -312,6 +290,7 @@ def _partial_gradients(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
     RANKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Write ``c g``, and sums of ``h g``, ``g (x_0 - b)`` and g over a run of tokens."""
     part, split = tl.program_id(0), tl.program_id(2)
@@ -327,7 +306,8 @@ def _partial_gradients(
     products = tl.zeros((RANKS, FEATURES), tl.float32)
     dots = tl.zeros((TOKENS, FEATURES), tl.float32)
     sums = tl.zeros((TOKENS, FEATURES), tl.float32)
-    for start in range(split * width, min(split * width + width, tokens), TOKENS):
+    end = min(split * width + width, tokens)
+    for start in tl.range(split * width, end, TOKENS, num_stages=STAGES):
         ts = start + tl.arange(0, TOKENS)
         there = (ts < tokens)[:, None] & js_there[None, :]
         wide_ts = ts.to(tl.int64)[:, None]
