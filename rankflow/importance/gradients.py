@@ -65,6 +65,7 @@ class StepGradients:
             *((p, site.name) for site in sites for p in _trained(site)),
             *((p, None) for p in self._others),
         ]
+        self._owners = tuple(name for _, name in self.parameters)
         self._home = sites[0].A.device
         # At the start what is zero has the only gradient: B, the gate, or VeRA's factors of rows.
         self._candidates = [s.trained[-1] for s in sites if s.rank > 0]
@@ -88,15 +89,19 @@ class StepGradients:
         Raises:
             RankFlowError: No adapter parameter has a gradient at all.
         """
-        present = [(p.grad, name) for p, name in self.parameters if p.grad is not None]
-        owners = tuple(name for _, name in present)
-        if all(name is None for name in owners):
+        gradients = [p.grad for p, _ in self.parameters]
+        present = [gradient for gradient in gradients if gradient is not None]
+        owners = self._owners
+        if len(present) < len(gradients):
+            pairs = zip(gradients, self._owners, strict=True)
+            owners = tuple(name for gradient, name in pairs if gradient is not None)
+        if not any(owners):
             raise RankFlowError(
                 "observe() found no gradient on any adapter parameter; call it after "
                 "loss.backward() and before optimizer.step() and zero_grad(), with the adapter "
                 "active and its parameters trainable"
             )
-        norms = norms_of_all([gradient for gradient, _ in present], self._home)
+        norms = norms_of_all(present, self._home)
         total = torch.linalg.vector_norm(norms)
         before, now = self._at_probes()
         factor = torch.where(now > 0, before / now / loss_scale, 1)
