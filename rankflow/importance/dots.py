@@ -33,9 +33,9 @@ class Dots:
         self._table: RowTable | None = None
         is_sharded = any(isinstance(p, DTensor) for p in parameters)
         if parameters and not is_sharded and fits(*parameters):
-            from rankflow.adapters.kernels.row_dots import RowTable  # Triton is optional
+            from rankflow.adapters.kernels import row_dots  # Triton is optional
 
-            self._table = RowTable(rows, lengths, parameters[0].device)
+            self._table = row_dots.RowTable(rows, lengths, parameters[0].device)
 
     def read(self, subtracted: Sequence[Tensor] = ()) -> Tensor | None:
         """Return a number a row, float32, shape ``(rows,)``; does not wait for the device.
