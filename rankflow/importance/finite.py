@@ -26,7 +26,7 @@ def norms_of_all(tensors: Sequence[Tensor], home: torch.device) -> Tensor:
     """
     norms = torch._foreach_norm([local(t) if isinstance(t, DTensor) else t for t in tensors])
     if any(norm.device != home for norm in norms):
-        norms = [norm.to(home, non_blocking=True) for norm in norms]
+        norms = tuple(norm.to(home, non_blocking=True) for norm in norms)
     return torch.stack(norms).float()
 
 

@@ -1,9 +1,12 @@
 """Gate gradients by the kernel are those of torch, whatever becomes of the tensors in between."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
+from rankflow.adapters.gating import convert
 from rankflow.adapters.sites import find_sites
 from rankflow.importance import dots, gate, magnitudes
 from rankflow.importance.dots import Dots
@@ -121,8 +124,6 @@ def test_addresses_go_to_the_device_only_if_one_has_changed(device, monkeypatch)
 
 
 def test_the_table_keeps_no_gradient_alive(device):
-    import weakref
-
     parameters = make_parameters(device)
     table = Dots(parameters, ROWS, LENGTHS)
     table.read()
@@ -169,8 +170,6 @@ def test_scores_by_the_kernel_are_those_of_torch(name, gated, mixed, device, mon
         model = mixed(use_dora=True).to(device)
         sites = find_sites(model)
         if gated:
-            from rankflow.adapters.gating import convert
-
             convert(sites, "gated")
         sites[2].layer.lora_magnitude_vector["default"].weight = nn.Parameter(
             torch.zeros(0, device=device)
