@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from rankflow import dem, processes, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.gating import check_untrained, convert, start_gates
+from rankflow.adapters.norm_cache import Epoch
 from rankflow.adapters.savepoint import renew, undone_on_error
 from rankflow.adapters.sites import Site, find_sites, magnitudes_on
 from rankflow.adapters.stacked import warn_of_stacked_weights
@@ -309,6 +310,7 @@ class RankFlow:
             RankFlowError: An event is due and ``observe`` was never called.
         """
         self.attach(optimizer)
+        Epoch.count()
         self._steps += 1
         if self.resolved.is_static:
             return None

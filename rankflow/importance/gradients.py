@@ -10,6 +10,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from rankflow import processes
+from rankflow.adapters.capture import is_capturing
 from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import local
 from rankflow.errors import RankFlowError
@@ -43,7 +44,8 @@ class StepGradients:
     accumulated into them, and ``unclip`` compares it with the norm that is left,
     :math:`\lVert g_\text{backward} \rVert / \lVert g_\text{now} \rVert`. This holds for
     any loop, for gradient accumulation, and without waiting for the device. In a job of several
-    processes the gradients are averaged at the end of backward, and noted after that.
+    processes the gradients are averaged at the end of backward, and noted after that. What was
+    noted while a CUDA graph was captured is kept: each replay brings it up to date.
 
     Args:
         sites: The sites whose gradients are watched.
@@ -122,13 +124,14 @@ class StepGradients:
 
     def _at_probes(self) -> tuple[Tensor, Tensor]:
         """Return the norm at the probes after backward and now; zeros if unknown."""
-        seen = [p for p in self._probes if p in self._accumulated and p.grad is not None]
+        noted = self._captured | self._accumulated
+        seen = [p for p in self._probes if p in noted and p.grad is not None]
         if not seen:
             if self._handles:
                 self._look_elsewhere()
             unknown = torch.zeros((), device=self._home)
             return unknown, unknown
-        before = _total([self._accumulated[p] for p in seen], self._home)
+        before = _total([noted[p] for p in seen], self._home)
         now = _total([_norm(p.grad) for p in seen if p.grad is not None], self._home)
         self._accumulated.clear()
         return before, now
@@ -142,21 +145,27 @@ class StepGradients:
     def _probe(self, candidates: Sequence[nn.Parameter]) -> None:
         self._probes = _spread(candidates, _PROBES)
         self._accumulated: dict[nn.Parameter, Tensor] = {}
+        self._captured: dict[nn.Parameter, Tensor] = {}
         self._handles = [
             probe.register_post_accumulate_grad_hook(self._note) for probe in self._probes
         ]
 
     def _note(self, parameter: nn.Parameter) -> None:
         if not processes.are_several():
-            self._accumulated[parameter] = _norm(parameter.grad)
+            self._note_complete(parameter)
             return
         # The reducer has queued what averages the gradients, or will: what is queued when the queue
         # is worked off comes behind that.
         queue = Variable._execution_engine.queue_callback
-        queue(lambda: queue(partial(self._note_averaged, parameter)))
+        queue(lambda: queue(partial(self._note_complete, parameter)))
 
-    def _note_averaged(self, parameter: nn.Parameter) -> None:
-        self._accumulated[parameter] = _norm(parameter.grad)
+    def _note_complete(self, parameter: nn.Parameter) -> None:
+        norm = _norm(parameter.grad)
+        if is_capturing(norm):  # no hook runs when the graph is replayed, which fills the tensor
+            self._captured[parameter] = norm
+            self._accumulated.pop(parameter, None)
+        else:
+            self._accumulated[parameter] = norm
 
 
 def _trained(site: Site) -> tuple[nn.Parameter, ...]:

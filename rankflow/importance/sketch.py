@@ -235,7 +235,8 @@ class GradientSketch:
             logger.warning(
                 "no backward pass was seen, so newborns will point at random; a model compiled "
                 "before overlooks hooks: set torch._dynamo.config.skip_nnmodule_hook_guards = "
-                'False before it is compiled, or grow = "orthogonal"'
+                "False before it is compiled; a replayed CUDA graph overlooks them always; or "
+                'set grow = "orthogonal"'
             )
 
     @torch.no_grad()
