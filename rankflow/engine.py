@@ -77,6 +77,12 @@ class RankFlow:
     factors afresh; an optimizer made before needs ``attach`` before its first step then. The scale
     stays PEFT's ``alpha / r``, whatever the ranks.
 
+    Forward, backward and clipping may be a CUDA graph that is replayed, as in
+    ``examples/cuda_graphs.py``. An event puts other parameters in place, so capture again whenever
+    ``step`` returns one. ``observe`` and the optimizer's step stay outside, and where newborns
+    point is not sketched in a replay: set ``grow = "orthogonal"``. A model under ``torch.compile``
+    needs nothing: what an event changes is compiled anew.
+
     A model under FSDP2 (``torch.distributed.fsdp.fully_shard``), where no tensor can change its
     shape, is steered through slots: ``LoraConfig.r`` is the largest rank of a site there, and what
     holds no component is zero. Make the optimizer and this after ``fully_shard``, in all processes.
