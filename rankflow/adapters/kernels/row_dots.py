@@ -9,7 +9,8 @@ first, and so moves all of them three times instead of once.
 
 *Addresses.* They are taken from the tensors at every launch, by a caller that holds these, and go
 to the device only if one has changed. What is read is the memory of tensors that live at the
-launch, on the stream of the launch; what comes after it on that stream may free them.
+launch, on the stream of the launch; what comes after it on that stream may free them. On another
+stream the table is made anew.
 
 *Order.* A row is one program's, which adds up its blocks one after the other, in float32: the sums
 are the same at every call.
@@ -50,7 +51,7 @@ class RowTable:
             for row in range(count)
         ]
         self._rows = torch.tensor(table, dtype=torch.int64, device=device)  # (rows, 3)
-        self._known: list[int] = []
+        self._known: tuple[int, list[int]] = (0, [])
         self._addresses = torch.zeros(0, dtype=torch.int64, device=device)
 
     def dots(
@@ -71,9 +72,10 @@ class RowTable:
         dots = torch.empty(self._count, device=self.device)
         if self._count == 0:
             return dots
-        if addresses != self._known:
+        known = (_stream(self.device), addresses)
+        if known != self._known:
             self._addresses = _upload(addresses, self.device)
-            self._known = addresses
+            self._known = known
         tensors = len(addresses) // (2 if subtracted is None else 3)
         with on_device(dots):
             _dot_rows[(self._count,)](
@@ -86,6 +88,11 @@ class RowTable:
                 num_warps=4,
             )
         return dots
+
+
+def _stream(device: torch.device) -> int:
+    """Name the stream of the launch: memory is in order on the stream that it was made on."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _upload(addresses: Sequence[int], device: torch.device) -> Tensor:
