@@ -10,6 +10,8 @@ adapter, at every forward. Here
 * backward keeps the input, ``A x`` and the base layer's output, and nothing of the weight's size;
 * the norm comes from an expanded square, or from tiles of a few rows where that would cancel; both
   cost the arithmetic of a dense product and none of its memory;
+* on a GPU that Triton works on, kernels take the norm from one reading of the weight, and the
+  output and its gradients from one reading of the base layer's output;
 * the norm is computed once for each state of the weights: gradient accumulation, checkpointing and
   evaluation reuse it. A write through ``.data`` that no optimizer made leaves no trace: call
   ``accelerate_dora`` again after one;

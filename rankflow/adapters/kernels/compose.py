@@ -6,15 +6,15 @@ where x_0 is the base layer's output, bias b included. With g the gradient of y,
 ``c g`` for x_0 and sums over tokens: ``s c (h g)`` for B, ``(1 - c) sum g`` for b, and for m the
 sum of ``g (x_0 - b + s B h)`` over n, whose last term is the row sum of ``s (h g) B``.
 
-*Bytes.* Both directions are bound by memory. In bytes per entry of a bfloat16 output, at few
-components:
+*Bytes.* Both directions are bound by memory. At few components they move, in bytes per entry of a
+bfloat16 output (PEFT with its float32 adapters):
 
-======== ======= ========== =======
-\        torch   kernels    PEFT
-======== ======= ========== =======
-forward  8       4          22 to 30
-backward 20      6          28
-======== ======= ========== =======
+========  =======  =====  ====
+          kernels  torch  PEFT
+========  =======  =====  ====
+forward         4      8    54
+backward        8     16    86
+========  =======  =====  ====
 
 *Split.* Forward reads x_0 and writes y; all that belongs to a component stays in the cache. Every
 number is rounded once, to y. Backward reads g and x_0 and writes ``c g``; each program takes some
@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankflow.adapters.kernels.dot import dot, dot_precision
 from rankflow.adapters.kernels.launch import ceil_div, on_device, power_of_two
+from rankflow.adapters.kernels.tiles import dot, dot_precision, sum_of_parts
 
 _PROGRAMS = 512  # about four for each multiprocessor of the largest GPUs
 _MIX = {"TOKENS": 64, "FEATURES": 64}
@@ -356,14 +356,12 @@ def _finish(
     js = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     there = js < out
     c = tl.load(factor + js, there, 0.0)
-    dots = tl.zeros((FEATURES,), tl.float32)
-    for split in range(splits):
-        dots += tl.load(along + tl.cast(split, tl.int64) * out + js, there, 0.0)
+    dots = sum_of_parts(along, splits, js, out)
     for start in range(0, rank, RANKS):
         ks = start + tl.arange(0, RANKS)
         mask = (ks < rank)[:, None] & there[None, :]
         products = tl.zeros((RANKS, FEATURES), tl.float32)
-        for split in range(splits):
+        for split in tl.range(splits, num_stages=4):
             row = tl.cast(split, tl.int64) * rank + ks
             products += tl.load(outer + row[:, None] * out + js[None, :], mask, 0.0)
         tile = js.to(tl.int64)[None, :] * rank + ks[:, None]
@@ -376,7 +374,4 @@ def _finish(
     is_zero = n <= 1.1754943508222875e-38
     tl.store(d_magnitude + js, tl.where(is_zero, 0.0, dots / n), there)
     if WANTS_BIAS:
-        sums = tl.zeros((FEATURES,), tl.float32)
-        for split in range(splits):
-            sums += tl.load(total + tl.cast(split, tl.int64) * out + js, there, 0.0)
-        tl.store(d_bias + js, (1.0 - c) * sums, there)
+        tl.store(d_bias + js, (1.0 - c) * sum_of_parts(total, splits, js, out), there)

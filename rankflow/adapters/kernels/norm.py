@@ -3,15 +3,15 @@ r"""The norm of each output row of ``W + s B A`` from one reading of W.
 .. math:: n_j^2 = \lVert W_j \rVert^2 + 2 s \sum_k B_{jk} (W A^\top)_{jk}
     + s^2 (B G B^\top)_{jj}, \qquad G = A A^\top
 
-*Bytes.* Nothing of W's size is written. Per element of a bfloat16 W the kernels move 2 bytes; the
-torch code for a GPU moves 26 (a copy to float32, the sum, its square, their sum) and PEFT 14 (the
-dense ``B A``, its multiple by s, the sum, its norm).
+*Bytes.* Nothing of W's size is written. Per element of a bfloat16 W the kernels move 2 bytes. The
+torch code for a GPU moves 34 (a copy to float32, the sum, its square, their sum), and PEFT 42 (an
+identity matrix, the dense ``B A``, a copy of W, the multiple by s, the sum, its norm).
 
 *Split.* Programs that only own rows would be too few to fill a GPU, and with few rows each they
 would read A from the cache more often than W from memory. So the columns are split too, and so is
-the rank, whose blocks run side by side and find W's tile in the cache. A program leaves one number
-for each row: the cross term is linear in ``W A^T``, so its product with B needs no whole sum over
-columns. A second kernel adds these up in a fixed order, and the last term, which does not know W.
+the rank, whose blocks run side by side and find W's tile in the cache. A program leaves three
+numbers for each row: the cross term is linear in ``W A^T``, so its product with B needs no whole
+sum over columns. A second kernel adds these up in a fixed order.
 
 *Cancellation.* Where the square is below a share of its terms, the second kernel goes over the rows
 again and sums the squares of ``W + s B A`` itself. It decides so on the device; nobody waits.
@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankflow.adapters.kernels.dot import dot, dot_precision
 from rankflow.adapters.kernels.launch import ceil_div, on_device, power_of_two
+from rankflow.adapters.kernels.tiles import dot, dot_precision, sum_of_parts
 
 _PROGRAMS = 512  # about two for each multiprocessor of the largest GPUs
 _SHARED_BYTES = 96 * 2**10  # what a program can have on all GPUs since Ampere
@@ -71,7 +71,7 @@ def norm_blocks(out: int, columns: int, rank: int, *, itemsize: int, terms: int)
     >>> norm_blocks(4096, 4096, 32, itemsize=2, terms=2)
     NormBlocks(rows=64, columns=64, ranks=32, width=512, warps=4, stages=4)
     >>> norm_blocks(4096, 14336, 384, itemsize=2, terms=2)
-    NormBlocks(rows=128, columns=64, ranks=128, width=2432, warps=8, stages=2)
+    NormBlocks(rows=128, columns=64, ranks=128, width=2880, warps=8, stages=2)
     >>> norm_blocks(5, 7, 0, itemsize=4, terms=1)
     NormBlocks(rows=64, columns=32, ranks=16, width=32, warps=4, stages=4)
     """
@@ -113,11 +113,12 @@ def row_norms(
     )
     parts = max(1, ceil_div(rank, blocks.ranks))
     splits = max(1, ceil_div(columns, blocks.width))
-    squares, crosses = norms.new_empty(splits, out), norms.new_empty(splits * parts, out)
+    squares = norms.new_empty(splits, out)
+    crosses, owns = norms.new_empty(2, splits * parts, out)
     shape = (out, columns, rank, *strides)
     with on_device(weight):
         _partial_terms[(parts, ceil_div(out, blocks.rows), splits)](
-            *(weight, first, second, B, squares, crosses, *shape, blocks.width),
+            *(weight, first, second, B, G, squares, crosses, owns, *shape, blocks.width),
             TWO_TERMS=second is not first,
             PRECISION=dot_precision(weight),
             ROWS=blocks.rows,
@@ -127,10 +128,8 @@ def row_norms(
             num_stages=blocks.stages,
         )
         _finish[(ceil_div(out, _FINISH["ROWS"]),)](
-            *(weight, A, B, G, squares, crosses, norms, *shape, splits, splits * parts),
+            *(weight, A, B, squares, crosses, owns, norms, *shape, splits, splits * parts),
             *(scale, cancelled),
-            PRECISION=dot_precision(weight),
-            RANKS=min(32, blocks.ranks),
             **_FINISH,
             num_warps=4,
             num_stages=2,
@@ -166,8 +165,10 @@ def _partial_terms(
     first: tl.tensor,
     second: tl.tensor,
     B: tl.tensor,
+    G: tl.tensor,
     squares: tl.tensor,
     crosses: tl.tensor,
+    owns: tl.tensor,
     out: tl.tensor,
     columns: tl.tensor,
     rank: tl.tensor,
@@ -180,7 +181,10 @@ def _partial_terms(
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
 ) -> None:
-    """Write sums of ``W^2`` and of ``B * (W A^T)`` over some columns, for some rows and ranks."""
+    """Write sums of ``W^2`` and of ``B * (W A^T)`` over some columns, for some rows and ranks.
+
+    And a share of ``B * (B G)``, whose inner rank is dealt out among the programs of all columns.
+    """
     part, split = tl.program_id(0), tl.program_id(2)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     ks = part * RANKS + tl.arange(0, RANKS)
@@ -202,12 +206,20 @@ def _partial_terms(
             mixed = dot(w, a, mixed, PRECISION)
         wide = w.to(tl.float32)
         square += wide * wide
-    B_tile = B + rows.to(tl.int64)[:, None] * rank + ks[None, :]
-    b = tl.load(B_tile, rows_there[:, None] & ks_there[None, :], 0.0).to(tl.float32)
-    place = (split * tl.num_programs(0) + part).to(tl.int64)
-    tl.store(crosses + place * out + rows, tl.sum(b * mixed, 1), rows_there)
+    B_rows = B + rows.to(tl.int64)[:, None] * rank
+    b = tl.load(B_rows + ks[None, :], rows_there[:, None] & ks_there[None, :], 0.0).to(tl.float32)
+    place = (split * tl.num_programs(0) + part).to(tl.int64) * out + rows
+    tl.store(crosses + place, tl.sum(b * mixed, 1), rows_there)
     mask = rows_there & (part == 0)
     tl.store(squares + split.to(tl.int64) * out + rows, tl.sum(square, 1), mask)
+    image = tl.zeros((ROWS, RANKS), tl.float32)  # of B under G
+    for start in range(split * 16, rank, tl.num_programs(2) * 16):
+        ls = start + tl.arange(0, 16)
+        few = tl.load(B_rows + ls[None, :], rows_there[:, None] & (ls < rank)[None, :], 0.0)
+        g_mask = (ls < rank)[:, None] & ks_there[None, :]
+        g = tl.load(G + ls[:, None] * rank + ks[None, :], g_mask, 0.0)
+        image = dot(few.to(tl.float32), g, image, PRECISION)
+    tl.store(owns + place, tl.sum(b * image, 1), rows_there)
 
 
 @triton.jit(do_not_specialize=["rank", "splits", "pieces"])
@@ -215,9 +227,9 @@ def _finish(
     W: tl.tensor,
     A: tl.tensor,
     B: tl.tensor,
-    G: tl.tensor,
     squares: tl.tensor,
     crosses: tl.tensor,
+    owns: tl.tensor,
     norms: tl.tensor,
     out: tl.tensor,
     columns: tl.tensor,
@@ -228,21 +240,20 @@ def _finish(
     pieces: tl.tensor,
     scale: tl.tensor,
     cancelled: tl.tensor,
-    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    RANKS: tl.constexpr,
 ) -> None:
-    """Add the partial sums and the last term, and take rows again whose terms cancel."""
+    """Add the partial sums, and take rows again whose terms cancel."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = rows < out
-    square, cross = _sum_of(squares, splits, rows, out), _sum_of(crosses, pieces, rows, out)
-    B_rows = B + rows.to(tl.int64)[:, None] * rank
-    own = scale * scale * _own_term(B_rows, there, G, rank, PRECISION, ROWS, RANKS)
-    total = square + 2 * scale * cross + own
+    square = sum_of_parts(squares, splits, rows, out)
+    cross = 2 * scale * sum_of_parts(crosses, pieces, rows, out)
+    own = scale * scale * sum_of_parts(owns, pieces, rows, out)
+    total = square + cross + own
     doubtful = total < cancelled * (square + own)
     if tl.max(doubtful.to(tl.int32), 0) > 0:
         W_rows = W + rows.to(tl.int64)[:, None] * row_stride
+        B_rows = B + rows.to(tl.int64)[:, None] * rank
         exact = _sum_of_squares(
             W_rows, B_rows, there, A, columns, rank, column_stride, scale, ROWS, COLUMNS
         )
@@ -251,41 +262,6 @@ def _finish(
     # Not NaN, which shall be seen.
     norm = tl.where(norm < 1.1754943508222875e-38, 1.1754943508222875e-38, norm)
     tl.store(norms + rows, norm, there)
-
-
-@triton.jit
-def _sum_of(parts: tl.tensor, count: tl.tensor, rows: tl.tensor, out: tl.tensor) -> tl.tensor:
-    total = tl.zeros(rows.shape, tl.float32)
-    for part in range(count):
-        total += tl.load(parts + tl.cast(part, tl.int64) * out + rows, rows < out, 0.0)
-    return total
-
-
-@triton.jit
-def _own_term(
-    B_rows: tl.tensor,
-    there: tl.tensor,
-    G: tl.tensor,
-    rank: tl.tensor,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANKS: tl.constexpr,
-) -> tl.tensor:
-    """Return the diagonal of ``B G B^T`` at some rows."""
-    steps = tl.arange(0, RANKS)
-    own = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, rank, RANKS):
-        ks = start + steps
-        image = tl.zeros((ROWS, RANKS), tl.float32)  # of B under G
-        for inner in range(0, rank, RANKS):
-            ls = inner + steps
-            b = tl.load(B_rows + ls[None, :], there[:, None] & (ls < rank)[None, :], 0.0)
-            g_mask = (ls < rank)[:, None] & (ks < rank)[None, :]
-            g = tl.load(G + ls[:, None] * rank + ks[None, :], g_mask, 0.0)
-            image = dot(b.to(tl.float32), g, image, PRECISION)
-        b = tl.load(B_rows + ks[None, :], there[:, None] & (ks < rank)[None, :], 0.0)
-        own += tl.sum(b.to(tl.float32) * image, 1)
-    return own
 
 
 @triton.jit

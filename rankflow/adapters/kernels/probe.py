@@ -7,14 +7,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def probe(device: torch.device) -> None:
-    """Compile and run a product in bfloat16, which the oldest usable GPU must have.
+    """Compile and run a product in bfloat16.
 
     Args:
         device: A GPU.
 
     Raises:
+        RuntimeError: The GPU is older than the kernels' blocks are made for.
         Exception: Whatever the compiler or the driver raises.
     """
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < (8, 0):
+        raise RuntimeError(f"they need compute capability 8.0, and it has {capability}")
     # Tensors may be without numbers where somebody asks first.
     with _disable_current_modes(), torch.cuda.device(device):
         square = torch.ones(16, 16, dtype=torch.bfloat16, device=device)

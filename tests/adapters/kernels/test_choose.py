@@ -115,6 +115,14 @@ def test_a_gpu_without_triton_is_left_alone(gpu, monkeypatch, caplog):
     assert "triton" in caplog.text
 
 
+def test_a_gpu_older_than_the_kernels_is_left_alone(gpu, monkeypatch, caplog):
+    pytest.importorskip("triton")
+    monkeypatch.delitem(sys.modules, "rankflow.adapters.kernels.probe")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not choose._can_run("cuda", 0)
+    assert "compute capability 8.0, and it has (7, 5)" in caplog.text
+
+
 def test_the_answer_is_a_constant_of_compiled_code(monkeypatch):
     if not torch._dynamo.is_dynamo_supported():
         pytest.skip("torch.compile does not support this platform")

@@ -1,4 +1,4 @@
-"""Products of tiles."""
+"""Products of tiles, and sums of what programs left."""
 
 import torch
 import triton
@@ -26,4 +26,21 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -
         total = tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:
         total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def sum_of_parts(
+    parts: tl.tensor, count: tl.tensor, places: tl.tensor, size: tl.tensor
+) -> tl.tensor:
+    """Return the sum over the rows of ``parts``, ``(count, size)``, at some places of a row.
+
+    Many rows are loaded at a time, for one after the other would wait for memory each time.
+    """
+    total = tl.zeros(places.shape, tl.float32)
+    steps = tl.arange(0, 16)
+    for start in range(0, count, 16):
+        rows = (start + steps).to(tl.int64)[:, None]
+        mask = (rows < count) & (places < size)[None, :]
+        total += tl.sum(tl.load(parts + rows * size + places[None, :], mask, 0.0), 0)
     return total
