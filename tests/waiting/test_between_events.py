@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 
 from rankflow.engine import RankFlow
 from rankflow.importance.gate import Taylor
@@ -94,10 +94,10 @@ def test_nothing_is_read_of_a_device_whose_numbers_do_not_exist(budget, mixed, w
     assert len(events) == 2
 
 
-@pytest.mark.parametrize("make_optimizer", [AdamW, SGD])
-def test_nor_in_lora_where_newborns_are_young(make_optimizer, mixed, waits, made_up):
+@pytest.mark.parametrize("score", SCORES)
+def test_nor_in_lora_where_newborns_are_young(score, mixed, waits, made_up):
     with made_up():
-        loop = Loop(mixed, "meta", use_dora=False, make_optimizer=make_optimizer, score="random")
+        loop = Loop(mixed, "meta", use_dora=False, score=score)
     places, events = run(loop, waits, made_up)
     assert places == []
     assert sum(len(event.born) for event in events) > 0
