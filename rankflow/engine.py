@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from rankflow import dem, processes, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.gating import check_untrained, convert, start_gates
+from rankflow.adapters.norm_cache import Epoch
 from rankflow.adapters.savepoint import renew, undone_on_error
 from rankflow.adapters.sites import Site, find_sites, magnitudes_on
 from rankflow.adapters.stacked import warn_of_stacked_weights
@@ -75,6 +76,12 @@ class RankFlow:
     A budget of gated or VeRA components puts gates on the adapter, which must be new, and draws its
     factors afresh; an optimizer made before needs ``attach`` before its first step then. The scale
     stays PEFT's ``alpha / r``, whatever the ranks.
+
+    Forward, backward and clipping may be a CUDA graph that is replayed, as in
+    ``examples/cuda_graphs.py``. An event puts other parameters in place, so capture again whenever
+    ``step`` returns one. ``observe`` and the optimizer's step stay outside, and where newborns
+    point is not sketched in a replay: set ``grow = "orthogonal"``. A model under ``torch.compile``
+    needs nothing: what an event changes is compiled anew.
 
     A model under FSDP2 (``torch.distributed.fsdp.fully_shard``), where no tensor can change its
     shape, is steered through slots: ``LoraConfig.r`` is the largest rank of a site there, and what
@@ -309,6 +316,7 @@ class RankFlow:
             RankFlowError: An event is due and ``observe`` was never called.
         """
         self.attach(optimizer)
+        Epoch.count()
         self._steps += 1
         if self.resolved.is_static:
             return None
@@ -413,7 +421,7 @@ class RankFlow:
             "bad_steps": self._bad_steps.in_a_row,
             "limit": self._limit,
             "magnitudes": magnitudes_on(self._sites).tolist(),
-            "young": [list(steps) for steps in self._fair_start.steps],
+            "young": self._fair_start.lived(),
             **self._resizer.state(),
             **self._tracker.state(),
             "scorer": self._tracker.tensors(),
@@ -448,7 +456,7 @@ class RankFlow:
         self._steps, self._observed = state["steps"], state["observed"]
         self._bad_steps.restart(state["bad_steps"])
         self._limit = state["limit"]
-        self._fair_start.steps = [list(steps) for steps in state["young"]]
+        self._fair_start.resume(state["young"])
         self._tracker.load(state, state["scorer"])
         for key, factor in self._gated_factors().items():
             renew(factor, state["gated"][key])

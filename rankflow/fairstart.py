@@ -17,18 +17,25 @@ gradient's own share of the second moment is made up for beforehand:
 After ``YOUTH`` steps the slice is left alone: its second moment is then an unbiased estimate that
 Adam's own recursion carries on. (IncreLoRA, arXiv 2308.12043, gives newborns a step count of their
 own by splitting the tensor.)
+
+A fused optimizer under a gradient scaler is called even for a step that it skips, and the device
+alone knows which: such steps are counted there, and between events nobody waits for that number.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from rankflow.adapters.capture import is_capturing
 from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import local
+from rankflow.errors import RankFlowError
 from rankflow.records import RankPlan
 
 YOUTH = 30
@@ -52,7 +59,23 @@ class FairStart:
 
     def restart(self) -> None:
         """Take all components that the sites have now for mature."""
-        self.steps = [[YOUTH] * site.rank for site in self._sites]
+        self.resume([[YOUTH] * site.rank for site in self._sites])
+
+    def resume(self, lived: Sequence[Sequence[int]]) -> None:
+        """Go on from what ``lived`` returned."""
+        self._called = [list(steps) for steps in lived]  # up to YOUTH, with the steps skipped since
+        self._skipped: list[Tensor | None] = [None] * len(self._sites)
+
+    def lived(self) -> list[list[int]]:
+        """Return the steps that each component has lived, up to ``YOUTH``, site by site.
+
+        Where a gradient scaler may have skipped some, it waits for the device.
+        """
+        skipped = [0 if steps is None else int(steps) for steps in self._skipped]
+        return [
+            [steps if steps >= YOUTH else steps - fewer for steps in called]
+            for called, fewer in zip(self._called, skipped, strict=True)
+        ]
 
     def attach(self, optimizer: Optimizer) -> None:
         """Correct this optimizer from now on, and no other, if it is of Adam's kind."""
@@ -68,24 +91,31 @@ class FairStart:
 
     def follow(self, plan: RankPlan) -> None:
         """Follow the components through a resize; newborns beside survivors become young."""
+        lived = self.lived()
         for i, (keep, births) in enumerate(zip(plan.keep, plan.births, strict=True)):
             # Without survivors the optimizer's state starts afresh, with a step count of its own.
             newborn = 0 if len(keep) else YOUTH
-            self.steps[i] = [self.steps[i][j] for j in keep] + [newborn] * int(births)
+            lived[i] = [lived[i][j] for j in keep] + [newborn] * int(births)
+        self.resume(lived)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not any(_young_runs(steps) for steps in self.steps) or _will_skip(optimizer):
+        if not any(_young_runs(steps) for steps in self._called):
             return
+        _refuse_capture(self._sites[0].A)
         betas = {
             parameter: group["betas"]
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
-        for site, steps in zip(self._sites, self.steps, strict=True):
+        for i, (site, called) in enumerate(zip(self._sites, self._called, strict=True)):
             trained = [(p, p.grad, axis) for p, axis in site.factors if p.grad is not None]
-            if not trained:  # Adam does not count this step either
+            young = _young_runs(called)
+            if not trained or not young:  # without a gradient Adam does not count this step either
                 continue
-            for lived, first, count in _young_runs(steps):
+            scaled = _read_scaler(optimizer, site.A.device)
+            skipped = self._skipped[i]
+            for steps, first, count in young:
+                lived = steps if skipped is None else steps - skipped
                 for parameter, gradient, axis in trained:
                     state = optimizer.state.get(parameter, {})
                     if "step" not in state:
@@ -101,9 +131,48 @@ class FairStart:
                             shared=_count(state["step"]) + 1,
                             lived=lived + 1,
                             betas=betas[parameter],
-                            loss_scale=_loss_scale(optimizer),
+                            scaled=scaled,
                         )
-                steps[first : first + count] = [lived + 1] * count
+                called[first : first + count] = [steps + 1] * count
+            if scaled.skips is not None:
+                self._skipped[i] = scaled.skips + (0 if skipped is None else skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """What a gradient scaler leaves to a fused optimizer, on the device of a site.
+
+    Attributes:
+        skips: 1 if the step is skipped for an overflow and 0 if not, shape ``()``; None if no
+            scaler leaves it to the optimizer.
+        loss_scale: The loss scale that is still on the gradients.
+    """
+
+    skips: Tensor | None
+    loss_scale: Tensor | float
+
+    def unless_skipped(self, value: Tensor | float, otherwise: float) -> Tensor | float:
+        """Return ``value``, or in a step that is skipped ``otherwise``."""
+        return value if self.skips is None else torch.where(self.skips > 0, otherwise, value)
+
+
+def _read_scaler(optimizer: Optimizer, device: torch.device) -> _Scaled:
+    """Read what ``torch.amp.GradScaler`` sets for the time of a step, without waiting for it."""
+    skips = getattr(optimizer, "found_inf", None)
+    scale = getattr(optimizer, "grad_scale", None)
+    return _Scaled(
+        None if skips is None else skips.to(device, non_blocking=True),
+        1.0 if scale is None else scale.to(device, non_blocking=True),
+    )
+
+
+def _refuse_capture(parameter: Tensor) -> None:
+    if is_capturing(parameter):
+        raise RankFlowError(
+            "optimizer.step() is being captured into a CUDA graph while components are young, and "
+            f"each of their first {YOUTH} steps is corrected in its own way, which a replay does "
+            "not do: capture forward and backward alone, and call optimizer.step() outside"
+        )
 
 
 def _young_runs(steps: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -127,9 +196,9 @@ def _correct(
     state: dict[str, Tensor],
     *,
     shared: float | Tensor,
-    lived: int,
+    lived: int | Tensor,
     betas: tuple[float, float],
-    loss_scale: float | Tensor,
+    scaled: _Scaled,
 ) -> None:
     """Rescale young components before the step that will be their ``lived``-th."""
     beta1, beta2 = betas
@@ -137,30 +206,23 @@ def _correct(
     gamma = _ratio(beta2, shared, lived)
     for key in _SQUARES:
         if key in state:
-            state[key].mul_(gamma / _ratio(beta2, shared - 1, lived - 1))
+            grown = gamma / _ratio(beta2, shared - 1, lived - 1)
+            state[key].mul_(scaled.unless_skipped(grown, 1.0))
     owed = (1 - beta2) / beta2 * (gamma - alpha**2) if beta2 > 0 else 0.0
-    state["exp_avg_sq"].add_((gradient / loss_scale).square() * owed)
-    state["exp_avg"].mul_(alpha / _ratio(beta1, shared - 1, lived - 1))
+    owing = (gradient / scaled.loss_scale).square() * owed
+    state["exp_avg_sq"].add_(scaled.unless_skipped(owing, 0.0))
+    grown = alpha / _ratio(beta1, shared - 1, lived - 1)
+    state["exp_avg"].mul_(scaled.unless_skipped(grown, 1.0))
     gradient.mul_(alpha)
 
 
-def _will_skip(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler found an overflow, so that a fused optimizer skips this step."""
-    found = getattr(optimizer, "found_inf", None)  # torch.amp.GradScaler sets it for the step
-    return found is not None and bool(found)
-
-
-def _loss_scale(optimizer: Optimizer) -> float | Tensor:
-    """Return the loss scale that a fused optimizer still has to take off its gradients."""
-    scale = getattr(optimizer, "grad_scale", None)  # set and removed like found_inf
-    return 1.0 if scale is None else scale
-
-
-def _ratio(beta: float, shared: float | Tensor, lived: int) -> float | Tensor:
+def _ratio(beta: float, shared: float | Tensor, lived: int | Tensor) -> float | Tensor:
     """Return ``(1 - beta^shared) / (1 - beta^lived)``; 1 before the first step."""
+    if isinstance(lived, Tensor):
+        return torch.where(lived > 0, (1 - beta**shared) / (1 - beta**lived), 1.0)
     return 1.0 if lived == 0 else (1 - beta**shared) / (1 - beta**lived)
 
 
 def _count(step: Tensor) -> float | Tensor:
     """Return Adam's step count: a number where it lives on the CPU, else left on its device."""
-    return step if step.is_cuda else step.item()
+    return step.item() if step.device.type == "cpu" else step

@@ -28,6 +28,16 @@ def test_the_custom_loop_ends_as_a_stock_adapter_of_equal_outputs(capsys):
     assert difference <= 1e-5
 
 
+def test_the_loop_of_cuda_graphs_runs_without_them_too(capsys):
+    _run("cuda_graphs.py")
+    out = capsys.readouterr().out
+    events = out.count("pruned")
+    assert events > 5
+    has_no_gpu = "no GPU, and no graph" in out
+    assert has_no_gpu or _last_number(out, " captures for") == events + 1
+    assert _stock_difference(out) <= 1e-5
+
+
 def test_the_callback_prunes_a_trainers_model_to_its_budget(capsys):
     _run("trainer_callback.py")
     first = next(line for line in capsys.readouterr().out.splitlines() if "reallocations" in line)

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from rankflow import fairstart
 from rankflow.adapters.newborns import orthogonal
 from rankflow.adapters.sites import find_sites
+from rankflow.errors import RankFlowError
 from rankflow.fairstart import YOUTH, FairStart
 from rankflow.records import RankPlan
 from rankflow.surgery import resize
@@ -185,10 +187,10 @@ def test_newborns_of_different_age_are_counted_apart(make_site):
     first = site.A.detach()[2:].clone()
     train(site, optimizer, range(100, 110), [0, 1, 2])
     give_birth(site, optimizer, fair, 2, keep=[1, 2])  # component 0 leaves
-    assert fair.steps == [[YOUTH, 10, 0, 0]]
+    assert fair.lived() == [[YOUTH, 10, 0, 0]]
     second = site.A.detach()[2:].clone()
     path = train(site, optimizer, range(110, 130), [1, 2, 3, 4])
-    assert fair.steps == [[YOUTH, 30, 20, 20]]
+    assert fair.lived() == [[YOUTH, 30, 20, 20]]
     expected = adam(first, [gradients_at(s)[0][2:3] for s in range(100, 130)], betas)[10:]
     for (A, _), a in zip(path, expected, strict=True):
         torch.testing.assert_close(A[1:2], a, rtol=1e-9, atol=1e-10)
@@ -204,7 +206,7 @@ def test_a_wholly_new_site_starts_with_a_fresh_state_and_needs_no_correction(mak
     fair.attach(optimizer)
     train(site, optimizer, range(100), [0, 1])
     give_birth(site, optimizer, fair, 2, keep=[])
-    assert fair.steps == [[YOUTH, YOUTH]]
+    assert fair.lived() == [[YOUTH, YOUTH]]
     born = site.A.detach().clone()
     path = train(site, optimizer, range(100, 120), [0, 1])
     expected = adam(born, [gradients_at(s)[0][:2] for s in range(100, 120)], (0.9, 0.999))
@@ -270,7 +272,34 @@ def test_a_step_that_a_gradient_scaler_skips_leaves_a_newborns_state_alone(make_
     scaler.step(optimizer)
     assert torch.equal(site.A, before[0])
     assert torch.equal(optimizer.state[site.A]["exp_avg_sq"], before[1])
-    assert fair.steps == [[YOUTH, YOUTH, 3]]
+    assert fair.lived() == [[YOUTH, YOUTH, 3]]
+
+
+def test_after_a_skipped_step_a_newborn_goes_on_as_if_it_had_not_been(make_site):
+    ends = []
+    for skipped in ((), (104, 105)):
+        site = make_site(torch.float32)
+        optimizer = torch.optim.AdamW([site.A, site.B], lr=LR, weight_decay=0.0, fused=True)
+        fair = FairStart([site])
+        fair.attach(optimizer)
+        train(site, optimizer, range(100), [0, 1])
+        give_birth(site, optimizer, fair, 1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.zeros(()))
+        for step in [100, 101, 102, 103, *skipped, 106, 107]:
+            set_gradients(site, step, [0, 1, 2])
+            site.A.grad *= scaler.get_scale()
+            site.B.grad *= scaler.get_scale()
+            if step in skipped:
+                site.A.grad.fill_(float("inf"))
+            scaler.step(optimizer)
+            scaler.update()
+        assert fair.lived() == [[YOUTH, YOUTH, 6]]
+        give_birth(site, optimizer, fair, 1)
+        assert fair.lived() == [[YOUTH, YOUTH, 6, 0]]
+        train(site, optimizer, range(108, 112), [0, 1, 2, 3])
+        ends.append(site.A.detach().clone())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("unscale_first", [False, True])
@@ -295,6 +324,18 @@ def test_a_scaled_step_of_a_fused_optimizer_is_that_of_the_plain_one(unscale_fir
             scaler.update()
         ends.append(site.A.detach().clone())
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_first_steps_of_a_newborn_are_not_captured_into_a_graph(make_site, monkeypatch):
+    site = make_site()
+    optimizer = torch.optim.AdamW([site.A, site.B], lr=LR)
+    fair = FairStart([site])
+    fair.attach(optimizer)
+    monkeypatch.setattr(fairstart, "is_capturing", lambda tensor: True)
+    train(site, optimizer, range(3), [0, 1])
+    give_birth(site, optimizer, fair, 1)
+    with pytest.raises(RankFlowError, match="captured into a CUDA graph while components are y"):
+        train(site, optimizer, [3], [0, 1, 2])
 
 
 # --- which optimizer, and how long
@@ -350,7 +391,7 @@ def test_mature_components_are_never_corrected(make_site):
             fair.attach(optimizer)
         paths.append(train(site, optimizer, range(40), [0, 1]))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(*paths, strict=True))
-    assert fair.steps == [[YOUTH, YOUTH]]
+    assert fair.lived() == [[YOUTH, YOUTH]]
 
 
 def test_attaching_again_does_not_correct_twice(make_site):
@@ -364,7 +405,7 @@ def test_attaching_again_does_not_correct_twice(make_site):
         train(site, optimizer, range(20), [0, 1])
         give_birth(site, optimizer, fair, 1)
         ends.append(train(site, optimizer, range(20, 30), [0, 1, 2])[-1][0])
-        assert fair.steps == [[YOUTH, YOUTH, 10]]
+        assert fair.lived() == [[YOUTH, YOUTH, 10]]
     assert torch.equal(*ends)
 
 
@@ -377,6 +418,6 @@ def test_a_closed_correction_leaves_the_optimizer_alone(make_site):
     train(site, optimizer, range(20), [0, 1])
     give_birth(site, optimizer, fair, 1)
     train(site, optimizer, range(20, 25), [0, 1, 2])
-    assert fair.steps == [[YOUTH, YOUTH, 0]]
+    assert fair.lived() == [[YOUTH, YOUTH, 0]]
     fair.restart()
-    assert fair.steps == [[YOUTH] * 3]
+    assert fair.lived() == [[YOUTH] * 3]

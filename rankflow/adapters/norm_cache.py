@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from rankflow.adapters.capture import is_capturing
 from rankflow.adapters.gate import stored_factors
 from rankflow.adapters.row_norms import measure_norms, squares_of_base
 
@@ -26,11 +27,12 @@ class Epoch:
     def watch_optimizers(cls) -> None:
         """Count from now on; once is enough for a process."""
         if not cls._watching:
-            register_optimizer_step_post_hook(cls._count)
+            register_optimizer_step_post_hook(cls.count)
             cls._watching = True
 
     @classmethod
-    def _count(cls, *_: Any) -> None:
+    def count(cls, *_: Any) -> None:
+        """Count a step; that of a graph that is replayed tells nobody."""
         cls.steps += 1
 
 
@@ -43,6 +45,7 @@ class NormCache:
     def __init__(self) -> None:
         self._seen: tuple[object, ...] = ()
         self._norms: Tensor | None = None
+        self._epoch = -1
         self._seen_weight: tuple[object, ...] = ()
         self._squares: Tensor | None = None
 
@@ -53,10 +56,11 @@ class NormCache:
     def norms(self, layer: LoraLayer, adapter_name: str, A: Tensor, B: Tensor) -> Tensor:
         """Return the norms of ``W + s B A``, shape ``(out,)``, which nobody may change.
 
-        A gate is folded into B.
+        A gate is folded into B. What is captured into a CUDA graph is measured in it, at every
+        replay: of these the cache never hears.
         """
         scale = layer.scaling[adapter_name]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_capturing(A):
             return measure_norms(layer, A, B, scale)
         factors = stored_factors(layer, adapter_name)
         weight = layer.get_base_layer().weight
@@ -72,7 +76,19 @@ class NormCache:
                 self._norms = measure_norms(layer, A, B, scale, squares=self._squares)
             self._alive = [tensor.untyped_storage() for tensor in (weight, *factors)]
             self._seen = seen
+        self._epoch = Epoch.steps
         return self._norms
+
+    def latest(self) -> Tensor | None:
+        """Return the norms of the last forward, if no optimizer has stepped since; else None.
+
+        It compares no tensors: between forward and the optimizer nothing else changes them.
+        """
+        return self._norms if self._epoch == Epoch.steps else None
+
+    def expire(self) -> None:
+        """Let ``latest`` wait for the next forward: the factors may be others now."""
+        self._epoch = -1
 
 
 class FreshNorms:
@@ -81,6 +97,12 @@ class FreshNorms:
     def norms(self, layer: LoraLayer, adapter_name: str, A: Tensor, B: Tensor) -> Tensor:
         """Return the norms of ``W + s B A``, shape ``(out,)``."""
         return measure_norms(layer, A, B, layer.scaling[adapter_name])
+
+    def latest(self) -> None:
+        """Return None: nothing is kept."""
+
+    def expire(self) -> None:
+        """Do nothing."""
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:

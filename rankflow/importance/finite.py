@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rankflow.adapters.slots import local
 from rankflow.errors import DivergenceError
@@ -12,6 +13,7 @@ Owned = tuple[nn.Parameter, str | None]
 """A parameter that is trained, and the name of its site; None for a task head and the like."""
 
 
+@torch.no_grad()
 def norms_of_all(tensors: Sequence[Tensor], home: torch.device) -> Tensor:
     """Return the Euclidean norm of each tensor, float32 on one device; does not wait for it.
 
@@ -22,8 +24,10 @@ def norms_of_all(tensors: Sequence[Tensor], home: torch.device) -> Tensor:
         tensors: At least one.
         home: The device.
     """
-    norms = torch._foreach_norm([local(t) for t in tensors])
-    return torch.stack([n.to(home, torch.float32, non_blocking=True) for n in norms])
+    norms = torch._foreach_norm([local(t) if isinstance(t, DTensor) else t for t in tensors])
+    if any(norm.device != home for norm in norms):
+        norms = tuple(norm.to(home, non_blocking=True) for norm in norms)
+    return torch.stack(norms).float()
 
 
 def are_sound(norms: Tensor) -> Tensor:

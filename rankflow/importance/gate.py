@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
+from rankflow.importance.dots import Dots
 from rankflow.importance.rows import Rows
 
 
@@ -32,18 +33,20 @@ class GateGradient:
     """
 
     def __init__(self, sites: Sequence[Site], decay: float) -> None:
-        self._rows = _smallest_factor(sites)
+        self._look_at(sites)
         self._second_moment = ComponentAverage(sum(self._rows.ranks), decay, like=sites[0].A)
 
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Fold in one step's gradients, if ``accept``."""
-        pairs = zip(self._rows.weights(), self._rows.gradients(), strict=True)
-        gate = self._rows.per_component([torch.linalg.vecdot(w, g) for w, g in pairs]) * unclip
-        self._second_moment.update(gate.square(), accept)
+        gate = self._dots.read()
+        if gate is None:
+            pairs = zip(self._rows.weights(), self._rows.gradients(), strict=True)
+            gate = self._rows.per_component([torch.linalg.vecdot(w, g) for w, g in pairs])
+        self._second_moment.update((gate * unclip).square(), accept)
 
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the components through a resize."""
-        self._rows = _smallest_factor(sites)
+        self._look_at(sites)
         self._second_moment = self._second_moment.followed(sources)
 
     def state(self) -> dict[str, Tensor]:
@@ -58,9 +61,9 @@ class GateGradient:
         """Return :math:`E[T_i^2]`, shape ``(C,)``."""
         return self._second_moment.read()
 
-
-def _smallest_factor(sites: Sequence[Site]) -> Rows:
-    return Rows.of_A(sites) if sites[0].gate is None else Rows.of_gates(sites)
+    def _look_at(self, sites: Sequence[Site]) -> None:
+        rows = Rows.of_A(sites) if sites[0].gate is None else Rows.of_gates(sites)
+        self._rows, self._dots = rows, Dots(rows.parameters, rows.ranks, rows.widths)
 
 
 class Taylor(GateGradient):

@@ -10,6 +10,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from rankflow import processes
+from rankflow.adapters.capture import is_capturing
 from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import local
 from rankflow.errors import RankFlowError
@@ -43,7 +44,8 @@ class StepGradients:
     accumulated into them, and ``unclip`` compares it with the norm that is left,
     :math:`\lVert g_\text{backward} \rVert / \lVert g_\text{now} \rVert`. This holds for
     any loop, for gradient accumulation, and without waiting for the device. In a job of several
-    processes the gradients are averaged at the end of backward, and noted after that.
+    processes the gradients are averaged at the end of backward, and noted after that. What was
+    noted while a CUDA graph was captured is kept: each replay brings it up to date.
 
     Args:
         sites: The sites whose gradients are watched.
@@ -65,6 +67,7 @@ class StepGradients:
             *((p, site.name) for site in sites for p in _trained(site)),
             *((p, None) for p in self._others),
         ]
+        self._owners = tuple(name for _, name in self.parameters)
         self._home = sites[0].A.device
         # At the start what is zero has the only gradient: B, the gate, or VeRA's factors of rows.
         self._candidates = [s.trained[-1] for s in sites if s.rank > 0]
@@ -88,15 +91,19 @@ class StepGradients:
         Raises:
             RankFlowError: No adapter parameter has a gradient at all.
         """
-        present = [(p.grad, name) for p, name in self.parameters if p.grad is not None]
-        owners = tuple(name for _, name in present)
-        if all(name is None for name in owners):
+        gradients = [p.grad for p, _ in self.parameters]
+        present = [gradient for gradient in gradients if gradient is not None]
+        owners = self._owners
+        if len(present) < len(gradients):
+            pairs = zip(gradients, self._owners, strict=True)
+            owners = tuple(name for gradient, name in pairs if gradient is not None)
+        if not any(owners):
             raise RankFlowError(
                 "observe() found no gradient on any adapter parameter; call it after "
                 "loss.backward() and before optimizer.step() and zero_grad(), with the adapter "
                 "active and its parameters trainable"
             )
-        norms = norms_of_all([gradient for gradient, _ in present], self._home)
+        norms = norms_of_all(present, self._home)
         total = torch.linalg.vector_norm(norms)
         before, now = self._at_probes()
         factor = torch.where(now > 0, before / now / loss_scale, 1)
@@ -117,13 +124,14 @@ class StepGradients:
 
     def _at_probes(self) -> tuple[Tensor, Tensor]:
         """Return the norm at the probes after backward and now; zeros if unknown."""
-        seen = [p for p in self._probes if p in self._accumulated and p.grad is not None]
+        noted = self._captured | self._accumulated
+        seen = [p for p in self._probes if p in noted and p.grad is not None]
         if not seen:
             if self._handles:
                 self._look_elsewhere()
             unknown = torch.zeros((), device=self._home)
             return unknown, unknown
-        before = _total([self._accumulated[p] for p in seen], self._home)
+        before = _total([noted[p] for p in seen], self._home)
         now = _total([_norm(p.grad) for p in seen if p.grad is not None], self._home)
         self._accumulated.clear()
         return before, now
@@ -137,21 +145,27 @@ class StepGradients:
     def _probe(self, candidates: Sequence[nn.Parameter]) -> None:
         self._probes = _spread(candidates, _PROBES)
         self._accumulated: dict[nn.Parameter, Tensor] = {}
+        self._captured: dict[nn.Parameter, Tensor] = {}
         self._handles = [
             probe.register_post_accumulate_grad_hook(self._note) for probe in self._probes
         ]
 
     def _note(self, parameter: nn.Parameter) -> None:
         if not processes.are_several():
-            self._accumulated[parameter] = _norm(parameter.grad)
+            self._note_complete(parameter)
             return
         # The reducer has queued what averages the gradients, or will: what is queued when the queue
         # is worked off comes behind that.
         queue = Variable._execution_engine.queue_callback
-        queue(lambda: queue(partial(self._note_averaged, parameter)))
+        queue(lambda: queue(partial(self._note_complete, parameter)))
 
-    def _note_averaged(self, parameter: nn.Parameter) -> None:
-        self._accumulated[parameter] = _norm(parameter.grad)
+    def _note_complete(self, parameter: nn.Parameter) -> None:
+        norm = _norm(parameter.grad)
+        if is_capturing(norm):  # no hook runs when the graph is replayed, which fills the tensor
+            self._captured[parameter] = norm
+            self._accumulated.pop(parameter, None)
+        else:
+            self._accumulated[parameter] = norm
 
 
 def _trained(site: Site) -> tuple[nn.Parameter, ...]:

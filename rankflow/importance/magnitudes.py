@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from rankflow.adapters.base_weight import is_zero_row
-from rankflow.adapters.dora import norms_of, row_factor
+from rankflow.adapters.dora import norms_reader, row_factor
 from rankflow.adapters.sites import Site
 from rankflow.errors import SpecError
 from rankflow.importance.average import ComponentAverage
 from rankflow.importance.controls import RandomScore
+from rankflow.importance.dots import Dots
 from rankflow.importance.scorer import Scorer
 from rankflow.specs.budget import Score
 
@@ -85,34 +86,50 @@ class _Moves:
     """The entries of all magnitudes that are on, end to end; make a new one after every resize."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
-        self._on = [(site, m) for site in sites if (m := site.magnitude) is not None]
+        on = [(site, m) for site in sites if (m := site.magnitude) is not None]
+        self._magnitudes = [m for _, m in on]
+        self._readers = [norms_reader(site) for site, _ in on]
         self._home = sites[0].A.device
-        entries = [0 if site.magnitude is None else site.out_features for site in sites]
-        self.lengths = torch.tensor(entries, device=self._home)
+        self._is_spread = any(m.device != self._home for m in self._magnitudes)
+        self.entries = [0 if site.magnitude is None else site.out_features for site in sites]
+        self.lengths = torch.tensor(self.entries, device=self._home)
         self.is_on = (self.lengths > 0).float()
+        lengths = [m.numel() for m in self._magnitudes]
+        self._dots = Dots(self._magnitudes, [1] * len(lengths), lengths)
+        places = [s for s, entries in enumerate(self.entries) if entries > 0]
+        self._places = torch.tensor(places, dtype=torch.long, device=self._home)
 
     def moves(self) -> Tensor:
         """Return ``m - n``, shape ``(entries,)``; 0 where a row is zero, which m cannot move."""
-        norms = [norms_of(site) for site, _ in self._on]
-        pairs = zip(self._on, norms, strict=True)
-        return self._flat([_move(m.detach(), n) for (_, m), n in pairs])
+        norms = self._flat([read() for read in self._readers])
+        moves = self._flat(self._magnitudes) - norms
+        return torch.where(is_zero_row(norms), 0, moves).float()
 
     def gradients(self) -> Tensor:
         """Return the gradients, shape ``(entries,)``; a magnitude without one counts as zero."""
-        return self._flat([torch.zeros_like(m) if m.grad is None else m.grad for _, m in self._on])
+        gradients = [m.grad for m in self._magnitudes]
+        pairs = zip(gradients, self._magnitudes, strict=True)
+        return self._flat([torch.zeros_like(m) if g is None else g for g, m in pairs]).float()
+
+    def dots(self) -> Tensor:
+        """Return the sum of each site's moves times gradients, shape ``(S,)``."""
+        sums = self._dots.read([read() for read in self._readers])
+        if sums is None:
+            return self.sum_by_site(self.moves() * self.gradients())
+        return sums.new_zeros(len(self.entries)).index_copy_(0, self._places, sums)
 
     def sum_by_site(self, entries: Tensor) -> Tensor:
         """Sum entries over each site, shape ``(S,)``."""
         # `unsafe` leaves out a check that would wait for the device.
         return torch.segment_reduce(entries, "sum", lengths=self.lengths, unsafe=True)
 
-    def _flat(self, tensors: list[Tensor]) -> Tensor:
-        parts = [t.flatten().to(self._home, torch.float32, non_blocking=True) for t in tensors]
-        return torch.cat(parts) if parts else torch.zeros(0, device=self._home)
-
-
-def _move(magnitude: Tensor, norms: Tensor) -> Tensor:
-    return torch.where(is_zero_row(norms), 0, magnitude.flatten() - norms)
+    @torch.no_grad()
+    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        if not tensors:
+            return torch.zeros(0, device=self._home)
+        if self._is_spread:
+            tensors = [t.to(self._home, non_blocking=True) for t in tensors]
+        return torch.cat([t if t.ndim == 1 else t.flatten() for t in tensors])
 
 
 class GateOfMagnitude:
@@ -133,8 +150,7 @@ class GateOfMagnitude:
 
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Fold in one step's gradients, if ``accept``."""
-        entries = self._moves.moves() * self._moves.gradients()
-        change = self._moves.sum_by_site(entries) * unclip
+        change = self._moves.dots() * unclip
         self._second_moment.update(change.square(), accept)
 
     def read(self) -> Tensor:
@@ -186,11 +202,11 @@ class SensitivityOfMagnitude:
 
     def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
         """Follow the magnitudes through a resize."""
-        old = self._averages.split(self._moves.lengths.tolist(), dim=1)
+        old = self._averages.split(self._moves.entries, dim=1)
         self._moves = _Moves(sites)
         parts = [
             old[source] if source >= 0 and length > 0 else self._averages.new_zeros((2, length))
-            for source, length in zip(sources.tolist(), self._moves.lengths.tolist(), strict=True)
+            for source, length in zip(sources.tolist(), self._moves.entries, strict=True)
         ]
         self._averages = torch.cat(parts, dim=1)
 

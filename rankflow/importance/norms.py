@@ -1,12 +1,12 @@
 r"""Scores from the size of a component, :math:`\lVert s\, b_i a_i^\top \rVert_F`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rankflow.adapters.base_weight import magnitude_factor
-from rankflow.adapters.dora import norms_of
+from rankflow.adapters.dora import norms_of, norms_reader
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
 
@@ -66,7 +66,7 @@ class Frobenius:
     def observe(self, unclip: Tensor, accept: Tensor) -> None:
         """Fold in the shares of the weights now, if ``accept``."""
         home = self._sites[0].A.device
-        shares = [_share(site).to(home, non_blocking=True) for site in self._live]
+        shares = [_share(site, read()).to(home, non_blocking=True) for site, read in self._live]
         if shares:
             self._share.update(torch.cat(shares), accept)
 
@@ -88,13 +88,22 @@ class Frobenius:
         self._share.load(state)
 
 
-def _live(sites: Sequence[Site]) -> list[Site]:
-    return [site for site in sites if site.rank > 0]
+def _live(sites: Sequence[Site]) -> list[tuple[Site, Callable[[], Tensor | None]]]:
+    """Return the sites that have components, and what reads the norms of those with magnitudes."""
+    return [
+        (site, _no_norms if site.magnitude is None else norms_reader(site))
+        for site in sites
+        if site.rank > 0
+    ]
+
+
+def _no_norms() -> None:
+    return None
 
 
 @torch.no_grad()
-def _share(site: Site) -> Tensor:
-    A, B = _effective_factors(site)
+def _share(site: Site, norms: Tensor | None) -> Tensor:
+    A, B = _effective_factors(site, norms)
     products = (A @ A.T) * (B.T @ B)  # (rank, rank)
     sizes = products.diagonal().clamp_min(0).sqrt()
     return sizes / (products.sum().clamp_min(0).sqrt() + 1e-8)
@@ -102,13 +111,14 @@ def _share(site: Site) -> Tensor:
 
 @torch.no_grad()
 def _sizes(site: Site) -> Tensor:
-    A, B = _effective_factors(site)
+    A, B = _effective_factors(site, None if site.magnitude is None else norms_of(site))
     return site.scale * A.norm(dim=1) * B.norm(dim=0)
 
 
-def _effective_factors(site: Site) -> tuple[Tensor, Tensor]:
+def _effective_factors(site: Site, norms: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return A, ``(rank, in)``, and B, ``(out, rank)``, as they reach the model, without scale."""
     A, B = site.A.flatten(1).float(), site.effective_B.flatten(1).float()
-    if site.magnitude is not None:  # DoRA scales each row of the update by m / n
-        B = B * magnitude_factor(site.magnitude, norms_of(site)).float().unsqueeze(1)
+    magnitude = site.magnitude
+    if magnitude is not None and norms is not None:  # DoRA scales each row of the update by m / n
+        B = B * magnitude_factor(magnitude, norms).float().unsqueeze(1)
     return A, B

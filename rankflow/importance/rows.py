@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import local
@@ -32,6 +33,7 @@ class Rows:
         as_rows: Turns such a tensor, or its gradient, into ``(rank, width)``.
 
     Attributes:
+        parameters: As given.
         ranks: Rows of each site.
         widths: Entries of a row of each site.
     """
@@ -39,8 +41,9 @@ class Rows:
     def __init__(
         self, parameters: Sequence[nn.Parameter], as_rows: Callable[[Tensor], Tensor]
     ) -> None:
-        self._parameters = tuple(parameters)
+        self.parameters = tuple(parameters)
         self._as_rows = as_rows
+        self._is_sharded = any(isinstance(p, DTensor) for p in parameters)
         shapes = [as_rows(local(p)).shape for p in parameters]
         self.ranks = [shape[0] for shape in shapes]
         self.widths = [shape[1] for shape in shapes]
@@ -55,7 +58,7 @@ class Rows:
     @classmethod
     def of_A(cls, sites: Sequence[Site]) -> "Rows":  # noqa: N802
         """Rows ``a_i`` of every A, each of width ``in_features``."""
-        return cls([site.A for site in sites], lambda t: t.flatten(1))
+        return cls([site.A for site in sites], lambda t: t if t.ndim == 2 else t.flatten(1))
 
     @classmethod
     def of_B(cls, sites: Sequence[Site]) -> "Rows":  # noqa: N802
@@ -70,11 +73,13 @@ class Rows:
 
     def weights(self) -> list[Tensor]:
         """Return the values, a float tensor ``(rows, width)`` for each width."""
-        return [self._stack(stack, local) for stack in self._stacks]
+        return self._stacked(self.parameters)
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients like ``weights``; a parameter without one counts as zero."""
-        return [self._stack(stack, _gradient) for stack in self._stacks]
+        gradients = [p.grad for p in self.parameters]
+        pairs = zip(gradients, self.parameters, strict=True)
+        return self._stacked([torch.zeros_like(p) if g is None else g for g, p in pairs])
 
     def per_component(self, per_row: Sequence[Tensor]) -> Tensor:
         """Bring one number a row, given for each width, into component order, shape ``(C,)``."""
@@ -87,7 +92,7 @@ class Rows:
         """Cut stacked matrices back into one ``(rank, width)`` tensor a site."""
         parts = [
             torch.zeros((0, width), device=p.device)
-            for p, width in zip(self._parameters, self.widths, strict=True)
+            for p, width in zip(self.parameters, self.widths, strict=True)
         ]
         for stack, matrix in zip(self._stacks, stacked, strict=True):
             pieces = matrix.split([self.ranks[i] for i in stack.members])
@@ -99,9 +104,12 @@ class Rows:
         """Stack one ``(rank, width)`` tensor a site; the inverse of ``split``."""
         return [torch.cat([parts[i] for i in stack.members]) for stack in self._stacks]
 
-    def _stack(self, stack: _Stack, read: Callable[[nn.Parameter], Tensor]) -> Tensor:
-        rows = torch.cat([self._as_rows(read(self._parameters[i])) for i in stack.members])
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    @torch.no_grad()
+    def _stacked(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if self._is_sharded:
+            tensors = [local(tensor) for tensor in tensors]
+        joined = [torch.cat([self._as_rows(tensors[i]) for i in s.members]) for s in self._stacks]
+        return [rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in joined]
 
     def _component_order(self) -> Tensor:
         starts = torch.tensor([0, *self.ranks]).cumsum(0)
@@ -109,7 +117,3 @@ class Rows:
             torch.arange(self.ranks[i]) + starts[i] for stack in self._stacks for i in stack.members
         ]
         return torch.cat(stacked).argsort() if stacked else torch.zeros(0, dtype=torch.long)
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return local(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)

@@ -145,7 +145,9 @@ class GradientSketch:
         accept = accept & self._is_finite(accept.device)
         for sums in self._sums:
             home = sums.step.device
-            scale = torch.as_tensor(loss_scale).to(home, non_blocking=True)
+            scale = loss_scale
+            if isinstance(scale, Tensor):
+                scale = scale.to(home, non_blocking=True)
             here = accept.to(home, non_blocking=True)
             sums.total.add_(torch.where(here, sums.step.div_(scale), 0))
             sums.step.zero_()
@@ -233,7 +235,8 @@ class GradientSketch:
             logger.warning(
                 "no backward pass was seen, so newborns will point at random; a model compiled "
                 "before overlooks hooks: set torch._dynamo.config.skip_nnmodule_hook_guards = "
-                'False before it is compiled, or grow = "orthogonal"'
+                "False before it is compiled; a replayed CUDA graph overlooks them always; or "
+                'set grow = "orthogonal"'
             )
 
     @torch.no_grad()
@@ -301,7 +304,9 @@ class _Draws:
             words = np.random.SeedSequence([*self._seed, *key]).generate_state(1)
             generator = torch.Generator().manual_seed(int(words[0]))
             drawn = torch.randn(rows, columns, generator=generator).bfloat16()
-            self._made[key] = drawn.to(self._device, self._dtype)
+            if self._device.type == "cuda":  # a copy from other memory would wait for the device
+                drawn = drawn.pin_memory()
+            self._made[key] = drawn.to(self._device, non_blocking=True).to(self._dtype)
         return self._made[key]
 
 
