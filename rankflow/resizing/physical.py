@@ -139,10 +139,7 @@ class Physical:
             for factor, axis in site.factors
             if births > 0
         ]
-        copies = [rows.contiguous() for rows in drawn]
-        processes.tensors_from_first(copies, what)
-        for rows, copy in zip(drawn, copies, strict=True):
-            rows.copy_(copy)
+        processes.tensors_from_first(drawn, what)
 
     def everywhere(self, check: Callable[[], None], what: str) -> None:
         """Check here: all processes have the same weights."""
