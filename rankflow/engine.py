@@ -508,7 +508,7 @@ class RankFlow:
         newborns = self._growth.newborns(len(self.history) + 1)
         self._resizer.resize(plan, self._optimizer, newborns, before)
         self._growth.sketch.close()
-        self._tracker.follow(table, plan)
+        self._tracker.follow(table, plan, before)
         self._fair_start.follow(plan)
         self._gradients.watch(self._sites)
 
