@@ -320,6 +320,8 @@ def _carry_out(
         name: _like(old[name], data)
         for name, data in _rebuild(part, cut.kept, drawn, renormalise).items()
     }
+    for parameter in new.values():
+        before.made(parameter)
     site.install(**new)
     for name, successor in new.items():
         was = old[name]
@@ -329,7 +331,7 @@ def _carry_out(
             before.let_go(was, after_cut(was, successor, axes[was], cut.kept, cut.removed))
         else:
             state = state if keeps_moments else _drop(state, before)
-            before.let_go(was, whole(was, successor))
+            before.let_go(was, whole(was))
         if optimizer is not None:
             _rekey(optimizer, places.get(was), was, successor, state)
 
@@ -369,6 +371,7 @@ class _Cut:
             axis = component_axis(site, key, value, parameter, rank_axis)
             if axis is not None:
                 followed[key] = resize_state(key, value, axis, self.kept, self.births)
+                before.made(followed[key])
                 way_back = after_cut(value, followed[key], axis, self.kept, self.removed)
                 before.let_go(value, way_back)
         return followed
@@ -377,7 +380,7 @@ class _Cut:
 def _drop(state: Mapping[str, Any], before: Savepoint) -> dict[str, Any]:
     for value in state.values():
         if isinstance(value, Tensor) and value.ndim > 0:
-            before.let_go(value, whole(value, None))
+            before.let_go(value, whole(value))
     return {}
 
 

@@ -61,7 +61,11 @@ class Savepoint:
             (p, p.grad, p.requires_grad, dict(p._post_accumulate_grad_hooks or {}))
             for p in parameters
         ]
-        self._gone: list[tuple[Tensor, WayBack]] = []
+        self._log: list[tuple[Tensor, WayBack | None]] = []  # None: it was made since
+
+    def made(self, tensor: Tensor) -> None:
+        """Note a new tensor, so that its memory is free again on the way back."""
+        self._log.append((tensor, None))
 
     def let_go(self, tensor: Tensor, way_back: WayBack) -> None:
         """Free the memory of a tensor that nothing computes with any more, wherever it is held.
@@ -73,7 +77,7 @@ class Savepoint:
             tensor: A parameter, or a tensor of an optimizer's or another state.
             way_back: Tells what it held.
         """
-        self._gone.append((tensor, way_back))
+        self._log.append((tensor, way_back))
         self._data.pop(tensor, None)  # type: ignore[call-overload]
         tensor.grad = None
         tensor.data = tensor.new_empty(0)
@@ -81,16 +85,14 @@ class Savepoint:
     def restore(self) -> None:
         """Put everything back.
 
-        Tensors that were let go come back first, the last of them first; each takes the memory of
-        what stood in its place, so that no more is needed than the change itself had taken, but for
-        the removed part of one tensor. If that is interrupted in turn, the rest has not been put
-        back, and another call goes on from there.
+        What was made and let go is undone step by step, the last first, so no more memory is needed
+        than the change itself had taken, but for the removed part of one tensor. If that is
+        interrupted in turn, the rest has not been put back, and another call goes on from there.
         """
-        while self._gone:
-            tensor, way_back = self._gone[-1]
-            tensor.data = way_back.rebuild()
-            self._gone.pop()
-            way_back.drop_successor()
+        while self._log:
+            tensor, way_back = self._log[-1]
+            tensor.data = tensor.new_empty(0) if way_back is None else way_back.rebuild()
+            self._log.pop()
         for owner, attributes in self._owners:
             vars(owner).clear()
             vars(owner).update(attributes)

@@ -24,7 +24,7 @@ class WayBack:
         removed: Indices of all others.
         rest: The removed entries, on the host.
         successor: What took its place: it begins with the kept entries, in their order. None where
-            nothing did.
+            none was kept.
     """
 
     like: Tensor
@@ -46,11 +46,6 @@ class WayBack:
             old.index_copy_(self.axis, self.kept, survivors)
         return old
 
-    def drop_successor(self) -> None:
-        """Free the memory of what took the tensor's place."""
-        if self.successor is not None:
-            self.successor.data = self.successor.new_empty(0)
-
 
 def after_cut(old: Tensor, successor: Tensor, axis: int, kept: Tensor, removed: Tensor) -> WayBack:
     """Return the way back from a successor that holds some of a tensor's entries.
@@ -66,15 +61,14 @@ def after_cut(old: Tensor, successor: Tensor, axis: int, kept: Tensor, removed: 
     return _way_back(old, axis, kept, removed, rest, successor)
 
 
-def whole(old: Tensor, successor: Tensor | None) -> WayBack:
+def whole(old: Tensor) -> WayBack:
     """Return the way back to a tensor of which nothing stays.
 
     Args:
         old: The tensor, of at least one dimension.
-        successor: What takes its place, if anything does.
     """
     everything = torch.arange(len(old), device=old.device)
-    return _way_back(old, 0, everything[:0], everything, to_host(old.detach()), successor)
+    return _way_back(old, 0, everything[:0], everything, to_host(old.detach()), None)
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from rankflow.adapters.way_back import whole
 from rankflow.importance.average import follow
 from rankflow.importance.rows import Rows
 
-_TILE = 2**20  # entries
+_TILE = 2**18  # entries
 
 
 class _FactorSensitivity:
@@ -136,10 +136,14 @@ def _move(
         local = torch.where(indices >= 0, indices - first_old[site], -1)
         return follow(parts[site], local.to(parts[site].device))
 
-    return new.join(moved)
+    joined = new.join(moved)
+    if before is not None:
+        for stack in joined:
+            before.made(stack)
+    return joined
 
 
 def _set_aside(stack: Tensor, before: Savepoint) -> Tensor:
-    way_back = whole(stack, None)
+    way_back = whole(stack)
     before.let_go(stack, way_back)
     return way_back.rest
