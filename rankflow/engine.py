@@ -30,7 +30,7 @@ from rankflow import dem, processes, surgery
 from rankflow.adapters.base_weight import count_base_parameters
 from rankflow.adapters.gating import check_untrained, convert, start_gates
 from rankflow.adapters.norm_cache import Epoch
-from rankflow.adapters.savepoint import renew, undone_on_error
+from rankflow.adapters.savepoint import Savepoint, renew, undone_on_error
 from rankflow.adapters.sites import Site, find_sites, magnitudes_on
 from rankflow.adapters.stacked import warn_of_stacked_weights
 from rankflow.adapters.state_dicts import translate_state_dicts
@@ -494,12 +494,12 @@ class RankFlow:
         what = f"the reallocation after step {self._steps}"
         began = time.perf_counter()
         processes.wait_for_all(what)
-        with self._undone_on_error(what):
+        with self._undone_on_error(what) as before:
             self._growth.sketch.average(what)
             values = self._resizer.measure(self._check_event, self._tracker, self._growth, what)
             table = self._tracker.survey(values)
             plan = processes.from_first(self.resolved.scheduler.plan(table, step), what)
-            processes.in_all(lambda: self._carry_out(table, plan), what)
+            processes.in_all(lambda: self._carry_out(table, plan, before), what)
             self._resizer.agree(plan, self._optimizer, what)
             self._limit = self.resolved.scheduler.budget_at(step)
             seconds = time.perf_counter() - began
@@ -512,11 +512,11 @@ class RankFlow:
         check_trainable(self.model, self.adapter_name, self._sites)  # another may be active now
         self._check_weights()
 
-    def _carry_out(self, table: ComponentTable, plan: RankPlan) -> None:
+    def _carry_out(self, table: ComponentTable, plan: RankPlan, before: Savepoint) -> None:
         newborns = self._growth.newborns(len(self.history) + 1)
-        self._resizer.resize(plan, self._optimizer, newborns)
+        self._resizer.resize(plan, self._optimizer, newborns, before)
         self._growth.sketch.close()
-        self._tracker.follow(table, plan)
+        self._tracker.follow(table, plan, before)
         self._fair_start.follow(plan)
         self._gradients.watch(self._sites)
 
@@ -526,7 +526,7 @@ class RankFlow:
                 sink(event)
 
     @contextmanager
-    def _undone_on_error(self, what: str) -> Iterator[None]:
+    def _undone_on_error(self, what: str) -> Iterator[Savepoint]:
         tracker = self._tracker
         parts = (self, tracker, *tracker.scorers.values(), self._fair_start, self._gradients)
         with (
@@ -536,10 +536,10 @@ class RankFlow:
                 model=self.model,
                 optimizer=self._optimizer,
                 others=(*parts, self._growth.sketch, self._bad_steps),
-            ),
+            ) as before,
             self._resizer.undone_on_error(self._optimizer, what),
         ):
-            yield
+            yield before
 
     def _look_ahead(self) -> None:
         self._growth.look_ahead(self._steps, event=len(self.history))

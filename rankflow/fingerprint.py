@@ -10,6 +10,9 @@ from rankflow.adapters.sites import Site
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# Entries at a time: as whole numbers, with their places, they take eight times their memory.
+_PIECE = 2**18
+
 
 @torch.no_grad()
 def fingerprints(sites: Sequence[Site], optimizer: Optimizer | None) -> list[int]:
@@ -56,6 +59,11 @@ def _state(site: Site, optimizer: Optimizer | None) -> Iterator[Tensor]:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()]).long()
-    places = torch.arange(1, len(bits) + 1, device=bits.device)
-    return (bits * (places * 0x9E3779B97F4A7C1)).sum() + 31 * len(bits)
+    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
+    pieces = [_weigh(piece, i * _PIECE) for i, piece in enumerate(bits.split(_PIECE))]
+    return torch.stack(pieces).sum() + 31 * len(bits)
+
+
+def _weigh(bits: Tensor, first: int) -> Tensor:
+    places = torch.arange(first + 1, first + 1 + len(bits), device=bits.device)
+    return (bits.long() * (places * 0x9E3779B97F4A7C1)).sum()

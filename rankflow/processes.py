@@ -90,7 +90,7 @@ def tensors_from_first(tensors: Sequence[Tensor], what: str) -> None:
     """Overwrite tensors with those of the first process.
 
     Args:
-        tensors: Tensors of equal shapes in all processes.
+        tensors: Tensors of equal shapes in all processes; one after the other is sent.
         what: What is being done, as the subject of a sentence.
 
     Raises:
@@ -100,7 +100,10 @@ def tensors_from_first(tensors: Sequence[Tensor], what: str) -> None:
         return
     with _together(what):
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            sent = tensor.contiguous()
+            dist.broadcast(sent, src=0)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
 
 def gather(value: T, what: str) -> list[T]:

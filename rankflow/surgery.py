@@ -1,7 +1,10 @@
 """Resize adapters and their optimizer state physically; no other module changes a shape.
 
-One event is validated as a whole, built as a whole beside the living model, and then committed by
-assignments alone; if anything raises, model and optimizer are put back as they were.
+One event is validated as a whole before anything changes. Then site by site, those that shrink
+first, new tensors take the place of the old, and the old are let go: at no moment is there more
+than one site's adapter beside what was there before, or will be afterwards. Newborns are drawn
+beforehand, on the host. If anything raises, model and optimizer are put back as they were, from the
+survivors, which live on, and from what was removed, which waits on the host (``way_back``).
 
 Parameters are replaced by new ``nn.Parameter`` objects inside the existing ``param_groups`` and
 ``optimizer.state``: resizing ``.data`` fails while an older graph lives, and a parameter that is
@@ -13,43 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.adapters.newborns import Newborns
-from rankflow.adapters.rebuild import grow, rebuild_factors, rebuild_magnitude
+from rankflow.adapters.optimizer_state import FACTORED, component_axis, resize_state
+from rankflow.adapters.rebuild import draw_newborns, rebuild_factors, rebuild_magnitude
 from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site, magnitudes_on
+from rankflow.adapters.way_back import after_cut, whole
 from rankflow.errors import SurgeryError
 from rankflow.records import IntArray, RankPlan
 from rankflow.specs.budget import Renormalise
-
-# Factored second moments (Adafactor) and the axis of the parameter that each lacks, counted from
-# the end; torch keeps the lacking axis with size 1, transformers drops it.
-_FACTORED = {"row_var": -1, "col_var": -2, "exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
-
-
-@dataclass(frozen=True, slots=True)
-class _Replacement:
-    """One parameter and what takes its place."""
-
-    old: nn.Parameter
-    new: nn.Parameter
-    state: dict[str, Any] | None  # None: the optimizer has no state, or starts afresh
-    group: tuple[int, int] | None  # param_groups index and position
-
-
-@dataclass(frozen=True, slots=True)
-class _SiteChange:
-    """What changes at one site, by the names of ``Site.install``."""
-
-    site: Site
-    replacements: dict[str, _Replacement]
-
-    def install(self) -> None:
-        """Put the new parameters into the site."""
-        self.site.install(**{name: r.new for name, r in self.replacements.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +50,18 @@ class _SitePlan:
     def changes_magnitude(self) -> bool:
         return self.magnitude != (self.site.magnitude is not None)
 
+    @property
+    def growth(self) -> int:
+        """Parameters that the site gains."""
+        site = self.site
+        components = len(self.keep) + self.births - site.rank
+        magnitudes = int(self.magnitude) - (site.magnitude is not None)
+        return components * (site.in_features + site.out_features) + magnitudes * site.out_features
+
+    def rescales(self, renormalise: Renormalise) -> bool:
+        """Whether a magnitude that stays gets other values."""
+        return renormalise == "keep-scale" and len(self.keep) < self.site.rank
+
 
 def resize(
     sites: Sequence[Site],
@@ -77,6 +69,7 @@ def resize(
     optimizer: Optimizer | None,
     newborns: Newborns,
     renormalise: Renormalise = "none",
+    before: Savepoint | None = None,
 ) -> None:
     """Carry out a plan on the sites and on the optimizer's state, wholly or not at all.
 
@@ -85,25 +78,35 @@ def resize(
     was (for embeddings the roles are swapped, as in PEFT; with a gate, that is zero instead). A
     magnitude that is turned on starts at the norm, which changes nothing either.
 
+    The old parameters are empty afterwards, so a graph of before can no more be gone back through.
+
     Args:
         sites: The sites, in the plan's order.
         plan: What to keep and how many to add, for each site.
         optimizer: The optimizer that trains the adapters, or None if there is none.
         newborns: Draws the newborns' rows of A.
         renormalise: What a magnitude does when its site loses components; see ``BudgetSpec``.
+        before: A savepoint of sites and optimizer that the caller restores if this raises, or later
+            on; without one all is put back here.
 
     Raises:
         SurgeryError: The plan does not fit the sites, or the optimizer holds state that cannot be
             resized; nothing was changed.
     """
-    parts = _split_plan(sites, plan)
+    parts = [p for p in _split_plan(sites, plan) if p.changes_rank or p.changes_magnitude]
     places = {} if optimizer is None else _places(optimizer)
-    changes = [
-        _build(part, optimizer, places, newborns, renormalise)
-        for part in parts
-        if part.changes_rank or part.changes_magnitude
-    ]
-    _commit(changes, optimizer)
+    for part in parts:
+        _check_optimizer(part, optimizer, places, renormalise)
+    drawn = {part.index: _draw(part, newborns) for part in parts}
+    is_own = before is None
+    before = before or Savepoint([part.site for part in parts], optimizer=optimizer)
+    try:
+        for part in sorted(parts, key=lambda part: part.growth):
+            _carry_out(part, drawn.pop(part.index), optimizer, places, renormalise, before)
+    except BaseException:
+        if is_own:
+            before.restore()
+        raise
 
 
 def resize_in_place(
@@ -129,7 +132,8 @@ def resize_in_place(
         if not (part.changes_rank or part.changes_magnitude):
             continue
         parameters = part.site.named_parameters
-        for name, data in _rebuild(part, newborns, renormalise).items():
+        kept = torch.as_tensor(part.keep, device=part.site.A.device)
+        for name, data in _rebuild(part, kept, _draw(part, newborns), renormalise).items():
             parameters[name].grad = None
             parameters[name].data = data
         part.site.install(**parameters)
@@ -145,15 +149,14 @@ def replace(sites: Sequence[Site], tensors: Sequence[Mapping[str, Tensor]]) -> N
         tensors: For each site its new A and B and, if that changes, its magnitude, by the names of
             ``Site.install``; an empty magnitude turns it off.
     """
-    changes = []
-    for site, named in zip(sites, tensors, strict=True):
-        old = site.named_parameters
-        replacements = {
-            name: _Replacement(old[name], _like(old[name], new), None, None)
-            for name, new in named.items()
-        }
-        changes.append(_SiteChange(site, replacements))
-    _commit(changes, None)
+    before = Savepoint(sites)
+    try:
+        for site, named in zip(sites, tensors, strict=True):
+            old = site.named_parameters
+            site.install(**{name: _like(old[name], new) for name, new in named.items()})
+    except BaseException:
+        before.restore()
+        raise
 
 
 def adopt_gate(site: Site, optimizer: Optimizer) -> None:
@@ -201,7 +204,7 @@ def check_state(site: Site, optimizer: Optimizer) -> None:
     """
     for parameter, _ in site.factors:
         for key, value in optimizer.state.get(parameter, {}).items():
-            is_whole = isinstance(value, Tensor) and value.ndim > 0 and key not in _FACTORED
+            is_whole = isinstance(value, Tensor) and value.ndim > 0 and key not in FACTORED
             if is_whole and value.numel() > 1 and value.shape != parameter.shape:
                 raise SurgeryError(
                     f"the optimizer has trained site {site.name!r} at another rank: its state "
@@ -260,129 +263,137 @@ def _places(optimizer: Optimizer) -> dict[nn.Parameter, tuple[int, int]]:
     }
 
 
-def _build(
+def _check_optimizer(
     part: _SitePlan,
     optimizer: Optimizer | None,
-    places: dict[nn.Parameter, tuple[int, int]],
-    newborns: Newborns,
+    places: Mapping[nn.Parameter, tuple[int, int]],
     renormalise: Renormalise,
-) -> _SiteChange:
+) -> None:
+    """Check that the optimizer trains what is replaced, and has no state that cannot follow."""
+    if optimizer is None:
+        return
     site = part.site
-    parameters = site.named_parameters
-    axes = {id(factor): axis for factor, axis in site.factors}
-    replacements = {}
-    for name, data in _rebuild(part, newborns, renormalise).items():
-        old = parameters[name]
-        if id(old) in axes:
-            state = _factor_state(part, old, axes[id(old)], optimizer)
-        elif optimizer is None or part.changes_magnitude:
-            state = None  # a magnitude that goes, or comes anew, has no moments
-        else:
-            state = optimizer.state.get(old)
-        replacements[name] = _replace(site, old, data, state, optimizer, places)
-    return _SiteChange(site, replacements)
-
-
-def _rebuild(part: _SitePlan, newborns: Newborns, renormalise: Renormalise) -> dict[str, Tensor]:
-    """Return what the site's parameters become, by name; one that is missing stays."""
-    site = part.site
-    draw = partial(newborns.rows, part.index)
-    factors = rebuild_factors(site, part.keep, part.births, draw, newborns.generator)
-    magnitude = rebuild_magnitude(
-        site,
-        factors,
-        turn_on=part.magnitude,
-        keep_scale=renormalise == "keep-scale" and len(part.keep) < site.rank,
-    )
-    return factors if magnitude is None else factors | {"magnitude": magnitude}
-
-
-def _replace(
-    site: Site,
-    old: nn.Parameter,
-    data: Tensor,
-    state: dict[str, Any] | None,
-    optimizer: Optimizer | None,
-    places: dict[nn.Parameter, tuple[int, int]],
-) -> _Replacement:
-    new = _like(old, data)
-    if optimizer is not None and old.requires_grad and old not in places:
+    replaced = [factor for factor, _ in site.factors]
+    has_other_magnitude = part.changes_magnitude or part.rescales(renormalise)
+    if site.magnitude_slot is not None and has_other_magnitude:
+        replaced.append(site.magnitude_slot)
+    if any(parameter.requires_grad and parameter not in places for parameter in replaced):
         raise SurgeryError(
             f"the optimizer does not train the adapter of site {site.name!r}; build it from "
             "the model's trainable parameters, and pass flow.step() that optimizer"
         )
-    return _Replacement(old, new, state, places.get(old))
+    for factor, axis in site.factors if len(part.keep) > 0 else ():
+        for key, value in optimizer.state.get(factor, {}).items():
+            component_axis(site.name, key, value, factor, axis)
+
+
+def _draw(part: _SitePlan, newborns: Newborns) -> dict[str, Tensor]:
+    draw = partial(newborns.rows, part.index)
+    return draw_newborns(part.site, part.keep, part.births, draw, newborns.generator)
+
+
+def _rebuild(
+    part: _SitePlan, kept: Tensor, drawn: Mapping[str, Tensor], renormalise: Renormalise
+) -> dict[str, Tensor]:
+    """Return what the site's parameters become, by name; one that is missing stays."""
+    factors = rebuild_factors(part.site, kept, part.births, drawn)
+    magnitude = rebuild_magnitude(
+        part.site, factors, turn_on=part.magnitude, keep_scale=part.rescales(renormalise)
+    )
+    return factors if magnitude is None else factors | {"magnitude": magnitude}
+
+
+def _carry_out(
+    part: _SitePlan,
+    drawn: Mapping[str, Tensor],
+    optimizer: Optimizer | None,
+    places: Mapping[nn.Parameter, tuple[int, int]],
+    renormalise: Renormalise,
+    before: Savepoint,
+) -> None:
+    """Resize one site, and let its old tensors go."""
+    site = part.site
+    cut = _Cut.of(part)
+    old, axes = site.named_parameters, dict(site.factors)
+    keeps_moments = not part.changes_magnitude  # one that goes, or comes anew, has none
+    new = {
+        name: _like(old[name], data)
+        for name, data in _rebuild(part, cut.kept, drawn, renormalise).items()
+    }
+    for parameter in new.values():
+        before.made(parameter)
+    site.install(**new)
+    for name, successor in new.items():
+        was = old[name]
+        state = {} if optimizer is None else optimizer.state.get(was, {})
+        if was in axes:
+            state = cut.follow(site.name, state, was, axes[was], before)
+            before.let_go(was, after_cut(was, successor, axes[was], cut.kept, cut.removed))
+        else:
+            state = state if keeps_moments else _drop(state, before)
+            before.let_go(was, whole(was))
+        if optimizer is not None:
+            _rekey(optimizer, places.get(was), was, successor, state)
 
 
 def _like(old: nn.Parameter, data: Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=old.requires_grad)
 
 
-def _factor_state(
-    part: _SitePlan, old: nn.Parameter, rank_axis: int, optimizer: Optimizer | None
-) -> dict[str, Any] | None:
-    state = None if optimizer is None else optimizer.state.get(old)
-    if not state or len(part.keep) == 0:
-        return None
-    kept = torch.as_tensor(part.keep, device=old.device)
-    return {
-        key: _resize_state(part.site, key, value, old, rank_axis, kept, part.births)
-        for key, value in state.items()
-    }
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Which components of a site stay, as indices on its device, and how many come."""
+
+    kept: Tensor
+    removed: Tensor
+    births: int
+
+    @classmethod
+    def of(cls, part: _SitePlan) -> "_Cut":
+        home = part.site.A.device
+        removed = np.setdiff1d(np.arange(part.site.rank), part.keep)
+        kept = torch.as_tensor(part.keep, device=home)
+        return cls(kept, torch.as_tensor(removed, device=home), part.births)
+
+    def follow(
+        self,
+        site: str,
+        state: Mapping[str, Any],
+        parameter: nn.Parameter,
+        rank_axis: int,
+        before: Savepoint,
+    ) -> dict[str, Any]:
+        """Resize a factor's optimizer state entry by entry; without survivors it starts afresh."""
+        if len(self.kept) == 0:
+            return _drop(state, before)
+        followed = dict(state)
+        for key, value in state.items():
+            axis = component_axis(site, key, value, parameter, rank_axis)
+            if axis is not None:
+                followed[key] = resize_state(key, value, axis, self.kept, self.births)
+                before.made(followed[key])
+                way_back = after_cut(value, followed[key], axis, self.kept, self.removed)
+                before.let_go(value, way_back)
+        return followed
 
 
-def _resize_state(
-    site: Site,
-    key: str,
-    value: Any,
-    parameter: nn.Parameter,
-    rank_axis: int,
-    kept: Tensor,
-    births: int,
-) -> Any:
-    """Slice one entry of a parameter's state along the rank and pad it for the newborns."""
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    if key in _FACTORED:
-        lacking = _FACTORED[key] % parameter.ndim
-        if lacking == rank_axis:
-            return value
-        dropped = value.ndim < parameter.ndim
-        axis = rank_axis - (1 if dropped and lacking < rank_axis else 0)
-        survivors = value.index_select(axis, kept)
-        # A newborn with no second moment would take a step sqrt(1 / (1 - beta2)) times too long.
-        mean = survivors.mean(dim=axis, keepdim=True)
-        return torch.cat([survivors, *[mean] * births], dim=axis)
-    if value.shape == parameter.shape and value.is_floating_point():
-        return grow(value.index_select(rank_axis, kept), rank_axis, births)
-    if value.numel() == 1:
-        return value
-    raise SurgeryError(
-        f"the optimizer's state {key!r} for site {site.name!r} has shape {tuple(value.shape)} and "
-        f"type {value.dtype}, but the parameter has shape {tuple(parameter.shape)}: it cannot be "
-        "resized. Use AdamW, SGD, Adafactor, or another optimizer whose state is not quantised and "
-        "has the parameter's shape"
-    )
+def _drop(state: Mapping[str, Any], before: Savepoint) -> dict[str, Any]:
+    for value in state.values():
+        if isinstance(value, Tensor) and value.ndim > 0:
+            before.let_go(value, whole(value))
+    return {}
 
 
-def _commit(changes: Sequence[_SiteChange], optimizer: Optimizer | None) -> None:
-    before = Savepoint([change.site for change in changes], optimizer=optimizer)
-    try:
-        for change in changes:
-            change.install()
-            for replacement in change.replacements.values():
-                _rekey(optimizer, replacement)
-    except BaseException:
-        before.restore()
-        raise
-
-
-def _rekey(optimizer: Optimizer | None, replacement: _Replacement) -> None:
-    if optimizer is None:
-        return
-    if replacement.group is not None:
-        group, position = replacement.group
-        optimizer.param_groups[group]["params"][position] = replacement.new
-    optimizer.state.pop(replacement.old, None)
-    if replacement.state is not None:
-        optimizer.state[replacement.new] = replacement.state
+def _rekey(
+    optimizer: Optimizer,
+    place: tuple[int, int] | None,
+    old: nn.Parameter,
+    new: nn.Parameter,
+    state: dict[str, Any],
+) -> None:
+    if place is not None:
+        group, position = place
+        optimizer.param_groups[group]["params"][position] = new
+    optimizer.state.pop(old, None)
+    if state:
+        optimizer.state[new] = state

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site, magnitudes_on
 from rankflow.allocation.demand import estimate_demand, price_by_gradient
 from rankflow.errors import DivergenceError
@@ -103,16 +104,23 @@ class Tracker:
                     "gradients have grown beyond all bounds: lower the learning rate, or clip"
                 )
 
-    def follow(self, table: ComponentTable, plan: RankPlan) -> None:
-        """Follow components and magnitudes through a resize that has been carried out."""
+    def follow(self, table: ComponentTable, plan: RankPlan, before: Savepoint) -> None:
+        """Follow components and magnitudes through a resize that has been carried out.
+
+        Args:
+            table: What was known before.
+            plan: What was done.
+            before: What brings old state back whose memory is freed, if the resize is undone.
+        """
         home = self._sites[0].A.device
         sources = plan.sources(table.ranks)
-        self.scorers["components"].reindex(self._sites, torch.from_numpy(sources).to(home))
+        moved = torch.from_numpy(sources).to(home)
+        self.scorers["components"].reindex(self._sites, moved, before)
         self._ages = np.where(sources < 0, 0, table.ages[sources] + 1)
         if table.magnitudes is not None and plan.magnitudes is not None:
             stayed = table.magnitudes.on & plan.magnitudes
             kept = torch.from_numpy(np.where(stayed, np.arange(len(stayed)), -1)).to(home)
-            self.scorers["magnitudes"].reindex(self._sites, kept)
+            self.scorers["magnitudes"].reindex(self._sites, kept, before)
             self._magnitude_ages = np.where(stayed, table.magnitudes.ages + 1, 0)
 
     def state(self) -> dict[str, Any]:

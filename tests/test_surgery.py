@@ -101,7 +101,7 @@ def test_survivors_keep_their_state_and_newborns_start_at_zero(mixed, plan, make
     optimizer = make_optimizer(trainable(model))
     take_steps(model, optimizer)
     sites = find_sites(model)
-    before = [(p, dict(optimizer.state[p])) for s in sites for p in (s.A, s.B)]
+    before = copy.deepcopy([(p, optimizer.state[p]) for s in sites for p in (s.A, s.B)])
     resize(sites, plan, optimizer, newborns())
     after = [p for s in sites for p in (s.A, s.B)]
     keeps = [(keep, births) for keep, births in zip(plan.keep, plan.births, strict=True)]
@@ -140,7 +140,7 @@ def test_factored_moments_follow_the_rank(name, row, column, dropped, mixed):
     optimizer = OPTIMIZERS[name](trainable(model))
     take_steps(model, optimizer)
     sites = find_sites(model)
-    before = [(dict(optimizer.state[s.A]), dict(optimizer.state[s.B])) for s in sites]
+    before = copy.deepcopy([(optimizer.state[s.A], optimizer.state[s.B]) for s in sites])
     resize(sites, make_plan([[0, 2]] * 5, [1, 1, 1, 1, 1]), optimizer, newborns())
     for site, (state_A, state_B) in zip(sites, before, strict=True):
         for parameter, state, rank_axis in ((site.A, state_A, 0), (site.B, state_B, 1)):
@@ -397,19 +397,22 @@ def test_memory_shrinks_and_grows_with_the_ranks(mixed):
         assert held() == (expected(), 2 * expected())
 
 
-def test_an_older_graph_stays_usable_after_the_resize(mixed, use_dora):
+def test_an_older_graph_holds_no_memory_is_refused_and_disturbs_nothing(mixed, use_dora):
     model = mixed(use_dora=use_dora)
     optimizer = torch.optim.AdamW(trainable(model))
     take_steps(model, optimizer)
     sites = find_sites(model)
-    old_A = sites[2].A
+    old = [p for site in sites for p in (site.A, site.B)]
     older = model(tokens()).square().mean()
     resize(sites, make_plan(*PLANS["both"]), optimizer, newborns())
+    replaced = [p for p in old if not any(p is q for site in sites for q in (site.A, site.B))]
+    assert len(replaced) == 10
+    assert all(p.untyped_storage().nbytes() == 0 for p in replaced)
     take_steps(model, optimizer)
-    older.backward()
-    assert old_A.grad.shape == old_A.shape
-    assert sites[2].A.grad.shape == sites[2].A.shape
+    with pytest.raises(RuntimeError):
+        older.backward()
     take_steps(model, optimizer)
+    assert all(site.A.grad is None or site.A.grad.shape == site.A.shape for site in sites)
 
 
 def test_old_gradients_do_not_reach_new_parameters(mixed):

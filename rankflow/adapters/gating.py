@@ -94,10 +94,10 @@ def draw_components(
         generator: A CPU generator.
 
     Returns:
-        A of ``count`` rows and B of ``count`` columns, otherwise of the site's shapes.
+        A of ``count`` rows and B of ``count`` columns, otherwise of the site's shapes, on the CPU.
     """
     A = torch.rand(count, site.in_features, generator=generator, dtype=torch.float64) * 2 - 1
     B = torch.rand(site.out_features, count, generator=generator, dtype=torch.float64) * 2 - 1
     A = A.div_(math.sqrt(site.in_features)).view(count, *site.A.shape[1:])
     B = B.div_(math.sqrt(max(rank, 1))).view(len(B), count, *site.B.shape[2:])
-    return A.to(site.A.device, site.A.dtype), B.to(site.B.device, site.B.dtype)
+    return A.to(site.A.dtype), B.to(site.B.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rankflow.adapters.capture import is_capturing
@@ -39,7 +40,8 @@ class Epoch:
 class NormCache:
     """The norms of one site, computed anew whenever one of its weights may have changed.
 
-    It holds on to the storages that it has seen, so that no new tensor can take their address.
+    It holds on to the weight's storage, so that no new tensor can take its address. Those of the
+    factors it only watches: an event frees them.
     """
 
     def __init__(self) -> None:
@@ -48,6 +50,7 @@ class NormCache:
         self._epoch = -1
         self._seen_weight: tuple[object, ...] = ()
         self._squares: Tensor | None = None
+        self._watched: list[StorageWeakRef] = []
 
     def __reduce__(self) -> tuple[type["NormCache"], tuple[()]]:
         """Copy and pickle as an empty cache."""
@@ -67,14 +70,16 @@ class NormCache:
         seen_weight = (_identity(weight), Epoch.steps if weight.requires_grad else None)
         epoch = Epoch.steps if len(A) > 0 else None  # W alone is not what optimizers change
         seen = (epoch, scale, seen_weight, *(_identity(factor) for factor in factors))
-        if self._norms is None or seen != self._seen:
+        is_gone = any(storage.expired() for storage in self._watched)
+        if self._norms is None or seen != self._seen or is_gone:
             self._seen = ()  # an interruption leaves nothing that is taken for known
             with torch.inference_mode(False):  # training may follow
                 if seen_weight != self._seen_weight:
                     self._squares = squares_of_base(layer, A, B)
                     self._seen_weight = seen_weight
                 self._norms = measure_norms(layer, A, B, scale, squares=self._squares)
-            self._alive = [tensor.untyped_storage() for tensor in (weight, *factors)]
+            self._alive = weight.untyped_storage()
+            self._watched = [StorageWeakRef(factor.untyped_storage()) for factor in factors]
             self._seen = seen
         self._epoch = Epoch.steps
         return self._norms

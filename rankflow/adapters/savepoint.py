@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.adapters.sites import Site
+from rankflow.adapters.way_back import WayBack
 from rankflow.errors import SurgeryError, brief
 
 _Container = dict[Any, Any] | list[Any] | set[Any]
@@ -55,21 +56,52 @@ class Savepoint:
         parameters = [p for site in sites for p in _parameters_of(site)]
         # Most are empty, and of modules there are many.
         self._contents = [(c, c.copy() if c else ()) for c in containers]
+        self._data = {p: p.data for p in parameters}
         self._parameters = [
-            (p, p.data, p.grad, p.requires_grad, dict(p._post_accumulate_grad_hooks or {}))
+            (p, p.grad, p.requires_grad, dict(p._post_accumulate_grad_hooks or {}))
             for p in parameters
         ]
+        self._log: list[tuple[Tensor, WayBack | None]] = []  # None: it was made since
+
+    def made(self, tensor: Tensor) -> None:
+        """Note a new tensor, so that its memory is free again on the way back."""
+        self._log.append((tensor, None))
+
+    def let_go(self, tensor: Tensor, way_back: WayBack) -> None:
+        """Free the memory of a tensor that nothing computes with any more, wherever it is held.
+
+        The object stays and is empty, also in a graph of before, which can no more be used. Of a
+        parameter the gradient goes too, as soon as the change is over.
+
+        Args:
+            tensor: A parameter, or a tensor of an optimizer's or another state.
+            way_back: Tells what it held.
+        """
+        self._log.append((tensor, way_back))
+        self._data.pop(tensor, None)  # type: ignore[call-overload]
+        tensor.grad = None
+        tensor.data = tensor.new_empty(0)
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back.
+
+        What was made and let go is undone step by step, the last first, so no more memory is needed
+        than the change itself had taken, but for the removed part of one tensor. If that is
+        interrupted in turn, the rest has not been put back, and another call goes on from there.
+        """
+        while self._log:
+            tensor, way_back = self._log[-1]
+            tensor.data = tensor.new_empty(0) if way_back is None else way_back.rebuild()
+            self._log.pop()
         for owner, attributes in self._owners:
             vars(owner).clear()
             vars(owner).update(attributes)
         for container, content in self._contents:
             _refill(container, content)
-        for parameter, data, gradient, requires_grad, hooks in self._parameters:
-            parameter.requires_grad_(requires_grad)
+        for parameter, data in self._data.items():
             parameter.data = data
+        for parameter, gradient, requires_grad, hooks in self._parameters:
+            parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
             if parameter._post_accumulate_grad_hooks is not None:
                 _refill(parameter._post_accumulate_grad_hooks, hooks)
@@ -83,7 +115,7 @@ def undone_on_error(
     model: PeftModel | None = None,
     optimizer: Optimizer | None = None,
     others: Iterable[object] = (),
-) -> Iterator[None]:
+) -> Iterator[Savepoint]:
     """Put all of a savepoint back if the block does not come to its end, whatever interrupts it.
 
     Args:
@@ -99,7 +131,7 @@ def undone_on_error(
     """
     before = Savepoint(sites, model=model, optimizer=optimizer, others=others)
     try:
-        yield
+        yield before
     except BaseException as error:
         before.restore()
         if isinstance(error, RuntimeError | MemoryError):

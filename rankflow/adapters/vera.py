@@ -105,7 +105,7 @@ def draw_unused(
         generator: A CPU generator.
 
     Returns:
-        A of ``count`` rows and B of ``count`` columns, otherwise of the site's shapes.
+        A of ``count`` rows and B of ``count`` columns, otherwise of the site's shapes, on the CPU.
     """
     length = min(_FINGERPRINT, site.in_features)
     mine = live.detach().flatten(1)[:, :length].cpu()
@@ -119,7 +119,7 @@ def _components(site: Site, index: Tensor) -> tuple[Tensor, Tensor]:
     matrices = _matrices(site)
     A = matrices.A[index, : site.in_features].reshape(-1, *site.A.shape[1:])
     B = matrices.B[: site.out_features, index]
-    return A.to(site.A), B.reshape(*B.shape, *site.B.shape[2:]).to(site.B)
+    return A.to(site.A.dtype), B.reshape(*B.shape, *site.B.shape[2:]).to(site.B.dtype)
 
 
 def _matrices(site: Site) -> SharedMatrices:

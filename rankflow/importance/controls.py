@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import follow
 
@@ -30,7 +31,9 @@ class RandomScore:
         """Return the scores, shape ``(C,)``."""
         return self._values
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Keep the survivors' numbers and draw new ones for the newborns."""
         generator = torch.Generator()  # the one that it has stays as it is
         generator.set_state(self._generator.get_state())
@@ -66,7 +69,9 @@ class UniformScore:
         components = sum(site.rank for site in self._sites)
         return torch.ones(components, device=self._sites[0].A.device)
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Do nothing: there is no state."""
 
     def state(self) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
 from rankflow.importance.dots import Dots
@@ -44,7 +45,9 @@ class GateGradient:
             gate = self._rows.per_component([torch.linalg.vecdot(w, g) for w, g in pairs])
         self._second_moment.update((gate * unclip).square(), accept)
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Follow the components through a resize."""
         self._look_at(sites)
         self._second_moment = self._second_moment.followed(sources)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rankflow.adapters.base_weight import is_zero_row
 from rankflow.adapters.dora import norms_reader, row_factor
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 from rankflow.errors import SpecError
 from rankflow.importance.average import ComponentAverage
@@ -158,7 +159,9 @@ class GateOfMagnitude:
         moment = self._second_moment.read() * self._moves.is_on
         return moment.sqrt() if self._form == "taylor" else moment / 2
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Follow the magnitudes through a resize."""
         self._moves = _Moves(sites)
         self._second_moment = self._second_moment.followed(sources)
@@ -200,7 +203,9 @@ class SensitivityOfMagnitude:
         total = self._moves.sum_by_site(self._averages.prod(dim=0))
         return total / self._moves.lengths.clamp_min(1)
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Follow the magnitudes through a resize."""
         old = self._averages.split(self._moves.entries, dim=1)
         self._moves = _Moves(sites)
@@ -240,7 +245,9 @@ class SizeOfMagnitude:
         size = moves.sum_by_site(moves.moves().square()).sqrt()
         return size**self._power * moves.is_on
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Do nothing: there is no state."""
 
     def state(self) -> dict[str, Tensor]:

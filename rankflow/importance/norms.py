@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rankflow.adapters.base_weight import magnitude_factor
 from rankflow.adapters.dora import norms_of, norms_reader
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 from rankflow.importance.average import ComponentAverage
 
@@ -32,7 +33,9 @@ class Norm:
         home = self._sites[0].A.device
         return torch.cat([_sizes(site).to(home) for site in self._sites])
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Do nothing: there is no state."""
 
     def state(self) -> dict[str, Tensor]:
@@ -74,7 +77,9 @@ class Frobenius:
         """Return the scores, shape ``(C,)``."""
         return self._share.read()
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Follow the components through a resize."""
         self._live = _live(sites)
         self._share = self._share.followed(sources)

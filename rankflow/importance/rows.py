@@ -100,9 +100,22 @@ class Rows:
                 parts[i] = piece
         return parts
 
-    def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Stack one ``(rank, width)`` tensor a site; the inverse of ``split``."""
-        return [torch.cat([parts[i] for i in stack.members]) for stack in self._stacks]
+    def join(self, part: Callable[[int], Tensor]) -> list[Tensor]:
+        """Stack one ``(rank, width)`` tensor a site, asked for one after the other.
+
+        Args:
+            part: Returns that of a site, given by its index.
+        """
+        return [self._join(stack, part) for stack in self._stacks]
+
+    def _join(self, stack: _Stack, part: Callable[[int], Tensor]) -> Tensor:
+        first, ranks = stack.members[0], [self.ranks[i] for i in stack.members]
+        dtype = torch.promote_types(self._parameters[first].dtype, torch.float32)
+        shape = (sum(ranks), self.widths[first])
+        joined = torch.empty(shape, device=stack.device, dtype=dtype)
+        for i, rows in zip(stack.members, joined.split(ranks), strict=True):
+            rows.copy_(part(i))
+        return joined
 
     @torch.no_grad()
     def _stacked(self, tensors: Sequence[Tensor]) -> list[Tensor]:

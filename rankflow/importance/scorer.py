@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 
 
@@ -25,7 +26,9 @@ class Scorer(Protocol):
     def read(self) -> Tensor:
         """Return the score of every component, shape ``(C,)``, finite and at least 0."""
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Follow the components through a resize.
 
         New state takes the place of the old, which is not written to: a resize may be undone.
@@ -33,6 +36,8 @@ class Scorer(Protocol):
         Args:
             sites: The same sites at their new ranks.
             sources: For each new component the index of the old one, -1 if newborn, shape ``(C,)``.
+            before: What brings old state back whose memory is freed; without it old state lives on
+                beside the new one as long as it is held.
         """
 
     def state(self) -> dict[str, Tensor]:

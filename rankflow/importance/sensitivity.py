@@ -15,12 +15,17 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
+from rankflow.adapters.way_back import whole
 from rankflow.importance.average import follow
 from rankflow.importance.rows import Rows
+
+_TILE = 2**18  # entries
 
 
 class _FactorSensitivity:
@@ -43,12 +48,12 @@ class _FactorSensitivity:
 
     def read(self) -> Tensor:
         pairs = zip(self.sensitivity, self.uncertainty, strict=True)
-        return self.rows.per_component([(mean * spread).mean(dim=1) for mean, spread in pairs])
+        return self.rows.per_component([_mean_of_product(mean, spread) for mean, spread in pairs])
 
-    def followed(self, rows: Rows, sources: Tensor) -> Self:
+    def followed(self, rows: Rows, sources: Tensor, before: Savepoint | None) -> Self:
         moved = copy(self)
-        moved.sensitivity = _move(self.sensitivity, self.rows, rows, sources)
-        moved.uncertainty = _move(self.uncertainty, self.rows, rows, sources)
+        moved.sensitivity = _move(self.sensitivity, self.rows, rows, sources, before)
+        moved.uncertainty = _move(self.uncertainty, self.rows, rows, sources, before)
         moved.rows = rows
         return moved
 
@@ -73,10 +78,14 @@ class Sensitivity:
         """Return the scores, shape ``(C,)``."""
         return torch.stack([factor.read() for factor in self._factors.values()]).sum(dim=0)
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
-        """Follow the components through a resize."""
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
+        """Follow the components through a resize; under a savepoint the averages go by the host."""
+        sources = sources.to("cpu")
         self._factors = {
-            name: self._factors[name].followed(rows, sources) for name, rows in _rows(sites).items()
+            name: self._factors[name].followed(rows, sources, before)
+            for name, rows in _rows(sites).items()
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -102,14 +111,39 @@ def _rows(sites: Sequence[Site]) -> dict[str, Rows]:
     return pair if sites[0].gate is None else pair | {"gate": Rows.of_gates(sites)}
 
 
-def _move(state: list[Tensor], old: Rows, new: Rows, sources: Tensor) -> list[Tensor]:
-    """Carry stacked per-entry state to the components' new places."""
-    moved = []
-    first_old, first_new = 0, 0
-    for part, rank in zip(old.split(state), new.ranks, strict=True):
-        indices = sources[first_new : first_new + rank].to(part.device)
-        local = torch.where(indices >= 0, indices - first_old, -1)
-        moved.append(follow(part, local))
-        first_old += len(part)
-        first_new += rank
-    return new.join(moved)
+def _mean_of_product(mean: Tensor, spread: Tensor) -> Tensor:
+    """Return the mean of ``mean * spread`` over each row, a few rows at a time."""
+    lines = max(1, _TILE // mean.shape[1])
+    pairs = zip(mean.split(lines), spread.split(lines), strict=True)
+    return torch.cat([(m * s).mean(dim=1) for m, s in pairs])
+
+
+def _move(
+    state: list[Tensor], old: Rows, new: Rows, sources: Tensor, before: Savepoint | None
+) -> list[Tensor]:
+    """Carry stacked per-entry state to the components' new places.
+
+    A stack holds the entries of all sites, and so would a second one beside it: what may be undone
+    waits on the host, and is the way back too.
+    """
+    if before is not None:
+        state = [_set_aside(stack, before) for stack in state]
+    parts = old.split(state)
+    first_old, first_new = (np.cumsum([0, *rows.ranks]) for rows in (old, new))
+
+    def moved(site: int) -> Tensor:
+        indices = sources[first_new[site] : first_new[site + 1]]
+        local = torch.where(indices >= 0, indices - first_old[site], -1)
+        return follow(parts[site], local.to(parts[site].device))
+
+    joined = new.join(moved)
+    if before is not None:
+        for stack in joined:
+            before.made(stack)
+    return joined
+
+
+def _set_aside(stack: Tensor, before: Savepoint) -> Tensor:
+    way_back = whole(stack)
+    before.let_go(stack, way_back)
+    return way_back.rest

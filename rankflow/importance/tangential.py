@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rankflow.adapters.base_weight import base_rows, magnitude_factor
 from rankflow.adapters.dora import norms_of
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 
 
@@ -41,7 +42,9 @@ class Tangential:
         home = self._sites[0].A.device
         return torch.cat([_energies(site).to(home) for site in self._sites])
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Do nothing: there is no state."""
 
     def state(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from rankflow import processes
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.newborns import Newborns
 from rankflow.adapters.norm_cache import FreshNorms
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import Slots
 from rankflow.allocation.policies import plan_from_ranks
@@ -166,7 +167,13 @@ class Masked:
         self._rows = exchange.rows
         return processes.from_first(processes.in_all(read, what), what)
 
-    def resize(self, plan: RankPlan, optimizer: Optimizer | None, newborns: Newborns) -> None:
+    def resize(
+        self,
+        plan: RankPlan,
+        optimizer: Optimizer | None,
+        newborns: Newborns,
+        before: Savepoint,
+    ) -> None:
         """Set slots to zero, and write newborns into free ones."""
         mask_surgery.resize(self._sites, plan, optimizer, newborns, self._rows)
         self._rows = []
@@ -189,11 +196,12 @@ class Masked:
 
     @contextmanager
     def undone_on_error(self, optimizer: Optimizer | None, what: str) -> Iterator[None]:
-        """Copy what a resize may overwrite, and put it back if the block fails."""
+        """Copy what a resize may overwrite to the host, and put it back if the block fails."""
         slots = slots_of(self._sites)
 
         def save() -> list[tuple[Tensor, Tensor]]:
-            return [(part, part.clone()) for part in mask_surgery.held(self._sites, optimizer)]
+            parts = mask_surgery.held(self._sites, optimizer)
+            return [(part, part.to("cpu", copy=True)) for part in parts]
 
         copies = processes.in_all(save, what)
         live = [s.live for s in slots]

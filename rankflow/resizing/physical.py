@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from rankflow import processes, surgery
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.newborns import Newborns
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 from rankflow.adapters.stock import sync_config
 from rankflow.allocation.policies import plan_from_ranks
@@ -111,9 +112,15 @@ class Physical:
 
         return processes.from_first(processes.in_all(read, what), what)
 
-    def resize(self, plan: RankPlan, optimizer: Optimizer | None, newborns: Newborns) -> None:
+    def resize(
+        self,
+        plan: RankPlan,
+        optimizer: Optimizer | None,
+        newborns: Newborns,
+        before: Savepoint,
+    ) -> None:
         """Resize parameters and optimizer state, and PEFT's description of them."""
-        surgery.resize(self._sites, plan, optimizer, newborns, self._budget.renormalise)
+        surgery.resize(self._sites, plan, optimizer, newborns, self._budget.renormalise, before)
         self._reducer.invalidate()
         sync_config(self._model, self._adapter_name, self._sites)
 
@@ -132,10 +139,7 @@ class Physical:
             for factor, axis in site.factors
             if births > 0
         ]
-        copies = [rows.contiguous() for rows in drawn]
-        processes.tensors_from_first(copies, what)
-        for rows, copy in zip(drawn, copies, strict=True):
-            rows.copy_(copy)
+        processes.tensors_from_first(drawn, what)
 
     def everywhere(self, check: Callable[[], None], what: str) -> None:
         """Check here: all processes have the same weights."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch.optim import Optimizer
 
 from rankflow.adapters.newborns import Newborns
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 from rankflow.budgeting import ResolvedBudget
 from rankflow.growing import Growth
@@ -70,8 +71,21 @@ class Resizer(Protocol):
             What ``Tracker.survey`` takes, equal in all processes.
         """
 
-    def resize(self, plan: RankPlan, optimizer: Optimizer | None, newborns: Newborns) -> None:
-        """Carry out a plan on the sites and on the optimizer's state; waits for no process."""
+    def resize(
+        self,
+        plan: RankPlan,
+        optimizer: Optimizer | None,
+        newborns: Newborns,
+        before: Savepoint,
+    ) -> None:
+        """Carry out a plan on the sites and on the optimizer's state; waits for no process.
+
+        Args:
+            plan: The plan.
+            optimizer: The optimizer that trains the sites, or None.
+            newborns: Draws what newborns start from.
+            before: What brings old tensors back whose memory is freed, if the event is undone.
+        """
 
     def agree(self, plan: RankPlan, optimizer: Optimizer | None, what: str) -> None:
         """Make sure that all processes did the same.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rankflow import processes
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import Slots
 from rankflow.importance.scorer import Scorer
@@ -51,13 +52,15 @@ class SlotScores:
         assert self._all is not None, "scores are exchanged before they are read"
         return self._all[table_order(self._slots, self._home)]
 
-    def reindex(self, sites: Sequence[Site], sources: Tensor) -> None:
+    def reindex(
+        self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
+    ) -> None:
         """Let the newborns' slots, and those without a component, start afresh."""
         survives = torch.zeros(count_slots(self._slots), dtype=torch.bool, device=self._home)
         survives[table_order(self._slots, self._home)] = sources >= 0
         places = torch.arange(len(self._here), device=self._home)
         inner = copy(self._inner)  # the one that it has stays as it is
-        inner.reindex(sites, torch.where(survives[self._here], places, -1))
+        inner.reindex(sites, torch.where(survives[self._here], places, -1), before)
         self._inner, self._all = inner, None
 
     def state(self) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ def test_split_and_join_undo_each_other(steer):
     assert [tuple(p.shape) for p in parts] == [(2, 6), (0, 5), (3, 5), (1, 4), (4, 4)]
     for part, site in zip(parts, steered.sites, strict=True):
         assert part.numel() == 0 or torch.equal(part, site.B.detach().flatten(1).T)
-    for joined, stacked in zip(rows.join(parts), rows.weights(), strict=True):
+    for joined, stacked in zip(rows.join(parts.__getitem__), rows.weights(), strict=True):
         assert torch.equal(joined, stacked)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rankflow.adapters.newborns import orthogonal
+from rankflow.adapters.savepoint import Savepoint
 from rankflow.importance.registry import make_scorer
 from rankflow.records import RankPlan
 from rankflow.specs.budget import Score
@@ -69,23 +70,20 @@ def test_observing_changes_no_weight_and_no_gradient(score, steer, watch, use_do
         assert p.grad is None or torch.equal(p.grad, copies[name])
 
 
-def test_following_a_resize_writes_into_nothing_that_was_there(score, steer, watch):
-    """So the engine can undo a resize by references alone."""
+def test_following_a_resize_can_be_undone(score, steer, watch):
     steered = steer()
     scorer = score_of(score, steered.sites)
     train(steered, scorer, watch(steered.sites), range(2))
-    attributes = dict(vars(scorer))
-    state, scores = scorer.state(), scorer.read()
-    copies = {key: tensor.clone() for key, tensor in state.items()}
+    scores = scorer.read()
+    copies = {key: tensor.clone() for key, tensor in scorer.state().items()}
     ranks = np.array([site.rank for site in steered.sites])
     keep = tuple(np.arange(max(rank - 1, 0)) for rank in ranks)
     plan = RankPlan(keep, np.full(len(ranks), 1))
-    held = [(site, dict(site.named_parameters)) for site in steered.sites]
-    resize(steered.sites, plan, None, orthogonal(torch.Generator().manual_seed(0)))
-    scorer.reindex(steered.sites, torch.from_numpy(plan.sources(ranks)))
-    for site, parameters in held:
-        site.install(**parameters)
-    vars(scorer).update(attributes)
+    before = Savepoint(steered.sites, others=[scorer])
+    newborns = orthogonal(torch.Generator().manual_seed(0))
+    resize(steered.sites, plan, None, newborns, before=before)
+    scorer.reindex(steered.sites, torch.from_numpy(plan.sources(ranks)), before)
+    before.restore()
     assert torch.equal(scorer.read(), scores)
     for key, tensor in scorer.state().items():
         assert torch.equal(tensor, copies[key])

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rankflow
 from rankflow.engine import RankFlow
@@ -85,10 +86,10 @@ class Run:
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(16, 6, generator=generator)
         labels = torch.randint(3, (16,), generator=generator)
+        self.optimizer.zero_grad(set_to_none=True)  # so that an event meets gradients
         functional.cross_entropy(self.model(x), labels).backward()
         self.flow.observe()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def until_due(self):
         """Stop where the first event is due, and another one has been before it."""
@@ -144,6 +145,25 @@ class AtOperation(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+class AtAllocation(AtOperation):
+    """Runs out of memory at the n-th operation that takes some, instead of that."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        given = {t.untyped_storage()._cdata for t in tensors_in((arguments, keywords))}
+        result = function(*arguments, **(keywords or {}))
+        made = [t for t in tensors_in(result) if t.untyped_storage()._cdata not in given]
+        self.left -= any(t.numel() > 0 for t in made)
+        if self.left == 0:
+            self.left -= 1
+            del made
+            raise self.error("no memory is left")
+        return result
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 def contents(value):
     """Copy what a value holds, so that it can be held against it later."""
     if isinstance(value, torch.Tensor):
@@ -181,6 +201,7 @@ def of_model(model):
     return {
         "identity": [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
         "values": contents(list(model.parameters())),
+        "gradients": contents([p.grad for p in model.parameters()]),
         "saved": contents(model.state_dict()),
         "layers": [{key: dict(getattr(m, key)) for key in records} for m in layers],
         "shapes": [(type(m).__name__, m.extra_repr()) for m in model.modules()],
@@ -312,3 +333,9 @@ def test_whatever_interrupts_it_nothing_has_changed_and_then_it_succeeds(
 ):
     is_full = request.config.getoption("full", False)
     count_injections(check(kind, make, 1 if is_full else points))
+
+
+@pytest.mark.fault("no memory at each allocation of an event")
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_an_event_without_memory_for_any_of_its_tensors_is_undone(kind, count_injections):
+    count_injections(check_event(kind, AtAllocation, 1))
