@@ -83,12 +83,12 @@ class Compose(torch.autograd.Function):
             if wants[2]:
                 d_A = (d_hidden @ inputs).to(A.dtype)
         return (
-            None if d_base is None else d_base.view(base.shape),
+            d_base.view(base.shape) if wants[0] else None,
             d_x,
             d_A,
             d_B,
             d_magnitude.to(magnitude.dtype).view(magnitude.shape),
-            None if bias is None or d_bias is None else d_bias.to(bias.dtype),
+            d_bias.to(bias.dtype) if wants[5] else None,
             None,
             None,
         )
@@ -126,18 +126,20 @@ def _mix_gradients(
     scale: float,
     wants_base: bool,
     wants_bias: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of the base layer's output, of B, of m and of the bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the base layer's output, of B, of m and of the bias.
+
+    The first and the last are empty where they are not wanted.
+    """
     wide = factor.dtype
     outer = (hidden @ g).T.contiguous().to(wide)  # (out, rank)
     along = _dot_over_tokens(g, base, bias, wide)
     along = along + scale * (outer * B.to(wide)).sum(dim=1)
-    d_base = torch.addcmul(g, g, (factor - 1).to(g.dtype)) if wants_base else None
     return (
-        d_base,
+        torch.addcmul(g, g, (factor - 1).to(g.dtype)) if wants_base else g.new_empty(0),
         (outer * (scale * factor).unsqueeze(1)).to(B.dtype),
         torch.where(is_zero_row(norms), 0, along / norms),
-        (1 - factor) * g.sum(dim=0, dtype=wide) if wants_bias else None,
+        (1 - factor) * g.sum(dim=0, dtype=wide) if wants_bias else g.new_empty(0),
     )
 
 
