@@ -48,7 +48,7 @@ class Compose(torch.autograd.Function):
             scale: Factor of the low-rank branch.
         """
         dtype = base.dtype
-        inputs = x.flatten(0, -2).to(dtype)  # (tokens, in)
+        inputs = x.reshape(-1, x.shape[-1]).to(dtype)  # (tokens, in)
         factor = magnitude_factor(magnitude, norms)
         hidden = A.to(dtype) @ inputs.T  # (rank, tokens)
         compute = _mix
@@ -67,12 +67,12 @@ class Compose(torch.autograd.Function):
         base, inputs, hidden, A, B, magnitude, bias, norms, factor = ctx.saved_tensors
         x_shape, x_dtype = ctx.x_like
         wants = ctx.needs_input_grad
-        g = gradient.flatten(0, -2)  # (tokens, out)
+        g = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
         compute = _mix_gradients
         if fits(g, base, hidden, B, factor, norms, *_given(bias)):
             from rankflow.adapters.kernels.compose import mix_gradients as compute
         d_base, d_B, d_magnitude, d_bias = compute(
-            g, base.flatten(0, -2), hidden, B, factor, norms, bias, ctx.scale, wants[0], wants[5]
+            g, base.reshape(g.shape), hidden, B, factor, norms, bias, ctx.scale, wants[0], wants[5]
         )
         d_x = d_A = None
         if wants[1] or wants[2]:

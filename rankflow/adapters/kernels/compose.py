@@ -83,7 +83,7 @@ def mix(
     y = base.new_empty(base.shape)
     if y.numel() == 0:
         return y
-    base = base.flatten(0, -2)
+    base = base.reshape(-1, base.shape[-1])
     tokens, out = base.shape
     ranks = power_of_two(B.shape[1], 16, 128 // base.element_size())
     grid = ceil_div(tokens, _MIX["TOKENS"]) * ceil_div(out, _MIX["FEATURES"])
