@@ -62,10 +62,9 @@ def rebuild_factors(
         births: Number of newborns.
         drawn: What ``draw_newborns`` returned.
     """
-    names = ("A", "B", "gate")[: len(site.factors)]
     rebuilt = {
         name: take(factor.detach(), axis, kept, births)
-        for name, (factor, axis) in zip(names, site.factors, strict=True)
+        for name, (factor, axis) in zip(("A", "B", "gate"), site.factors, strict=False)
     }
     for name, newborns in drawn.items():
         axis = 0 if name == "A" else 1
