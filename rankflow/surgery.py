@@ -275,8 +275,7 @@ def _check_optimizer(
         return
     site = part.site
     replaced = [factor for factor, _ in site.factors]
-    has_other_magnitude = part.changes_magnitude or part.rescales(renormalise)
-    if site.magnitude_slot is not None and has_other_magnitude:
+    if site.magnitude_slot is not None and (part.changes_magnitude or part.rescales(renormalise)):
         replaced.append(site.magnitude_slot)
     if any(parameter.requires_grad and parameter not in places for parameter in replaced):
         raise SurgeryError(
