@@ -38,13 +38,14 @@ class _SitePlan:
 
     index: int
     site: Site
+    rank: int  # beforehand
     keep: IntArray
     births: int
     magnitude: bool  # whether the site trains one afterwards
 
     @property
     def changes_rank(self) -> bool:
-        return len(self.keep) < self.site.rank or self.births > 0
+        return len(self.keep) < self.rank or self.births > 0
 
     @property
     def changes_magnitude(self) -> bool:
@@ -54,13 +55,13 @@ class _SitePlan:
     def growth(self) -> int:
         """Parameters that the site gains."""
         site = self.site
-        components = len(self.keep) + self.births - site.rank
+        components = len(self.keep) + self.births - self.rank
         magnitudes = int(self.magnitude) - (site.magnitude is not None)
         return components * (site.in_features + site.out_features) + magnitudes * site.out_features
 
     def rescales(self, renormalise: Renormalise) -> bool:
         """Whether a magnitude that stays gets other values."""
-        return renormalise == "keep-scale" and len(self.keep) < self.site.rank
+        return renormalise == "keep-scale" and len(self.keep) < self.rank
 
 
 def resize(
@@ -222,7 +223,7 @@ def _split_plan(sites: Sequence[Site], plan: RankPlan) -> list[_SitePlan]:
             f"the plan speaks of {len(plan.keep)} sites and the model has {len(sites)}"
         )
     parts = [
-        _SitePlan(index, site, keep, int(births), bool(on))
+        _SitePlan(index, site, site.rank, keep, int(births), bool(on))
         for index, (site, keep, births, on) in enumerate(
             zip(sites, plan.keep, plan.births, magnitudes, strict=True)
         )
@@ -233,13 +234,13 @@ def _split_plan(sites: Sequence[Site], plan: RankPlan) -> list[_SitePlan]:
 
 
 def _check_part(part: _SitePlan) -> None:
-    site, keep, births = part.site, part.keep, part.births
+    site, rank, keep, births = part.site, part.rank, part.keep, part.births
     valid = bool(
-        births >= 0 and (keep[:-1] < keep[1:]).all() and ((keep >= 0) & (keep < site.rank)).all()
+        births >= 0 and (keep[:-1] < keep[1:]).all() and ((keep >= 0) & (keep < rank)).all()
     )
     if not valid:
         raise SurgeryError(
-            f"the plan for site {site.name!r} of rank {site.rank} is not valid: "
+            f"the plan for site {site.name!r} of rank {rank} is not valid: "
             f"keep {keep.tolist()}, births {births}; indices must ascend within the rank"
         )
     largest = min(site.in_features, site.out_features)
@@ -274,8 +275,7 @@ def _check_optimizer(
         return
     site = part.site
     replaced = [factor for factor, _ in site.factors]
-    has_other_magnitude = part.changes_magnitude or part.rescales(renormalise)
-    if site.magnitude_slot is not None and has_other_magnitude:
+    if site.magnitude_slot is not None and (part.changes_magnitude or part.rescales(renormalise)):
         replaced.append(site.magnitude_slot)
     if any(parameter.requires_grad and parameter not in places for parameter in replaced):
         raise SurgeryError(
@@ -351,9 +351,10 @@ class _Cut:
     @classmethod
     def of(cls, part: _SitePlan) -> "_Cut":
         home = part.site.A.device
-        removed = np.setdiff1d(np.arange(part.site.rank), part.keep)
+        goes = np.ones(part.rank, dtype=np.bool_)
+        goes[part.keep] = False
         kept = torch.as_tensor(part.keep, device=home)
-        return cls(kept, torch.as_tensor(removed, device=home), part.births)
+        return cls(kept, torch.as_tensor(goes.nonzero()[0], device=home), part.births)
 
     def follow(
         self,

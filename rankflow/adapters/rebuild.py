@@ -62,10 +62,9 @@ def rebuild_factors(
         births: Number of newborns.
         drawn: What ``draw_newborns`` returned.
     """
-    names = ("A", "B", "gate")[: len(site.factors)]
     rebuilt = {
         name: take(factor.detach(), axis, kept, births)
-        for name, (factor, axis) in zip(names, site.factors, strict=True)
+        for name, (factor, axis) in zip(("A", "B", "gate"), site.factors, strict=False)
     }
     for name, newborns in drawn.items():
         axis = 0 if name == "A" else 1
@@ -126,7 +125,6 @@ def take(value: Tensor, axis: int, kept: Tensor, births: int) -> Tensor:
     taken = value.new_empty(shape)
     taken.narrow(axis, len(kept), births).zero_()
     survivors = taken.narrow(axis, 0, len(kept))
-    # Through tiles: written into place at once, columns take a CPU three times as long.
     if axis == 0:
         torch.index_select(value, 0, kept, out=survivors)
         return taken

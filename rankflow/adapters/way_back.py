@@ -16,18 +16,20 @@ class WayBack:
     """What a tensor held.
 
     Attributes:
-        like: An empty tensor of its type, where it was.
+        dtype: Its type.
+        device: Where it was.
         shape: Its shape.
         stride: Its stride.
         axis: The axis along which it was cut.
         kept: Indices of the entries that stayed.
         removed: Indices of all others.
-        rest: The removed entries, on the host.
+        rest: The removed entries, on the host; of any content if there are none.
         successor: What took its place: it begins with the kept entries, in their order. None where
             none was kept.
     """
 
-    like: Tensor
+    dtype: torch.dtype
+    device: torch.device
     shape: torch.Size
     stride: tuple[int, ...]
     axis: int
@@ -38,7 +40,7 @@ class WayBack:
 
     def rebuild(self) -> Tensor:
         """Return what the tensor held, in new memory."""
-        old = self.like.new_empty_strided(self.shape, self.stride)
+        old = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         if len(self.removed) > 0:
             old.index_copy_(self.axis, self.removed, self.rest.to(old.device))
         if self.successor is not None and len(self.kept) > 0:
@@ -57,7 +59,7 @@ def after_cut(old: Tensor, successor: Tensor, axis: int, kept: Tensor, removed: 
         kept: Indices of the entries that stay, on the tensor's device.
         removed: Indices of all others, on the tensor's device.
     """
-    rest = to_host(old.detach().index_select(axis, removed))
+    rest = to_host(old.detach().index_select(axis, removed)) if len(removed) else removed
     return _way_back(old, axis, kept, removed, rest, successor)
 
 
@@ -79,5 +81,5 @@ def to_host(tensor: Tensor) -> Tensor:
 def _way_back(
     old: Tensor, axis: int, kept: Tensor, removed: Tensor, rest: Tensor, successor: Tensor | None
 ) -> WayBack:
-    like = old.detach().new_empty(0)
-    return WayBack(like, old.shape, old.stride(), axis, kept, removed, rest, successor)
+    like = (old.dtype, old.device, old.shape, old.stride())
+    return WayBack(*like, axis, kept, removed, rest, successor)

@@ -12,6 +12,7 @@ import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -725,6 +726,19 @@ def test_a_site_that_died_and_came_back_is_pefts(accelerated, layer_case, dora_m
 
 
 # The cache of norms: each change would show if the norms stayed those of before.
+
+
+def test_remembered_norms_keep_no_memory_of_the_factors(mixed):
+    model = mixed(use_dora=True)
+    accelerate_dora(model)
+    model(torch.randint(11, (4, 4)))
+    for site in find_sites(model):
+        storages = [StorageWeakRef(p.untyped_storage()) for p in (site.A, site.B)]
+        remembered = norms_of(site).clone()
+        values = site.A.detach().clone()
+        site.A.data, site.B.data = values, site.B.detach().clone()
+        assert all(storage.expired() for storage in storages)
+        assert torch.equal(norms_of(site), remembered)
 
 
 def step_with(make, *, of_base=False):
