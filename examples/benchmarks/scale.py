@@ -32,6 +32,8 @@ from rankflow.records import ComponentTable, SiteInfo
 
 CPU = torch.device("cpu")
 ROUNDS = 15
+LAYERS = (4, 8, 16, 32)
+SITES = (10**3, 10**4, 10**5)
 TARGETS = {
     7: "all-linear",
     4: ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -65,7 +67,7 @@ class Point:
 BASE = Point()
 CALIBRATION = (BASE, Point(rank=8), Point(rank=128), Point(tokens=1024))
 POINTS = (
-    *(replace(BASE, layers=n) for n in (4, 8, 16, 32)),
+    *(replace(BASE, layers=n) for n in LAYERS),
     *(replace(BASE, rank=r) for r in (8, 128, 384)),
     *(replace(BASE, tokens=t) for t in (64, 512, 1024)),
     *(replace(BASE, sites=s) for s in (3, 4)),
@@ -147,17 +149,16 @@ def measure_engine(layers: int, rank: int) -> tuple[float, float, int]:
 
 def show_engine(console: Console) -> None:
     """Measure scores and events, and predict the larger ones from the two smallest."""
-    layers = (4, 8, 16, 32)
     for rank in (8, 32):
-        found = [measure_engine(n, rank) for n in layers]
+        found = [measure_engine(n, rank) for n in LAYERS]
         table = Table(
             "sites", "parameters", "observe ms", "predicted", "error", "event ms", "predicted",
             "error", box=None, title=f"scores and events at rank {rank}",
         )  # fmt: skip
-        for n, (scores, event, parameters) in zip(layers, found, strict=True):
+        for n, (scores, event, parameters) in zip(LAYERS, found, strict=True):
             cells = [str(7 * n), f"{parameters:,}"]
             for i, seconds in enumerate((scores, event)):
-                line = np.polyfit(layers[:2], [each[i] for each in found[:2]], 1)
+                line = np.polyfit(LAYERS[:2], [each[i] for each in found[:2]], 1)
                 predicted = float(np.polyval(line, n))
                 cells += [
                     f"{seconds * 1e3:.2f}",
@@ -195,7 +196,7 @@ def show_allocation(console: Console) -> None:
     """Measure the allocation, and predict the larger ones from the smallest."""
     table = Table("sites", "components", "ms", "predicted", "error", box=None, title="allocation")
     constant = None
-    for sites in (10**3, 10**4, 10**5):
+    for sites in SITES:
         components, seconds = time_allocation(sites)
         size = components * np.log2(components)
         constant = constant or seconds / size
