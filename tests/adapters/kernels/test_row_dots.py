@@ -92,12 +92,12 @@ def test_weights_may_move_too(device):
 
 
 def test_addresses_go_to_the_device_only_if_one_has_changed(device, monkeypatch):
-    from rankflow.adapters.kernels import row_dots
+    from rankflow.adapters.kernels import addresses
 
     uploads = []
-    upload = row_dots._upload
+    upload = addresses.upload
     monkeypatch.setattr(
-        row_dots, "_upload", lambda *arguments: uploads.append(1) or upload(*arguments)
+        addresses, "upload", lambda *arguments: uploads.append(1) or upload(*arguments)
     )
     parameters = make_parameters(device)
     table = Dots(parameters, ROWS, LENGTHS)
