@@ -13,8 +13,6 @@ from rankflow.adapters.kernels.choose import fits
 if TYPE_CHECKING:
     from rankflow.adapters.kernels.young import YoungTable
 
-_LEFT_ALONE = [0] * 5
-
 
 class YoungSlices:
     """The young components of many factors; make a new one when these have changed.
@@ -51,31 +49,13 @@ class YoungSlices:
         """
         if self._table is None:
             return False
-        addresses: list[int] = []
-        shared: list[tuple[float, float, float]] = []
-        for step in steps:
-            if step is None:
-                addresses += _LEFT_ALONE
-                shared.append((0.0, 0.0, 0.0))
-                continue
-            state, (beta1, beta2) = step.state, step.betas
-            largest = state.get("max_exp_avg_sq")
-            taken, counted = (
-                (0.0, step.taken) if isinstance(step.taken, Tensor) else (step.taken, None)
-            )
-            addresses += (
-                step.gradient.data_ptr(),
-                state["exp_avg"].data_ptr(),
-                state["exp_avg_sq"].data_ptr(),
-                0 if largest is None else largest.data_ptr(),
-                0 if counted is None else counted.data_ptr(),
-            )
-            shared.append((taken, 1 - beta1, 1 - beta2))
+        addresses = [address for step in steps for address in _addresses(step)]
         if addresses != self._known:
             self._type = self._common_type(steps)
             self._known = addresses
         if self._type is None:
             return False
+        shared = [_numbers(step) for step in steps]
         numbers: list[float] = []
         for owner, age in zip(self._owners, lived, strict=True):
             numbers += shared[owner]
@@ -103,6 +83,26 @@ class YoungSlices:
             return None
         types = {tensor.dtype for tensor in rescaled}
         return types.pop() if len(types) == 1 else None
+
+
+def _addresses(step: AdamStep | None) -> tuple[int, int, int, int, int]:
+    if step is None:
+        return 0, 0, 0, 0, 0
+    largest, taken = step.state.get("max_exp_avg_sq"), step.taken
+    return (
+        step.gradient.data_ptr(),
+        step.state["exp_avg"].data_ptr(),
+        step.state["exp_avg_sq"].data_ptr(),
+        0 if largest is None else largest.data_ptr(),
+        taken.data_ptr() if isinstance(taken, Tensor) else 0,
+    )
+
+
+def _numbers(step: AdamStep | None) -> tuple[float, float, float]:
+    if step is None:
+        return 0.0, 0.0, 0.0
+    beta1, beta2 = step.betas
+    return 0.0 if isinstance(step.taken, Tensor) else step.taken, 1 - beta1, 1 - beta2
 
 
 def lie(shape: Sequence[int], axis: int, start: int, length: int) -> tuple[int, int, int, int]:
