@@ -112,14 +112,12 @@ class Tracker:
             plan: What was done.
             before: What brings old state back whose memory is freed, if the resize is undone.
         """
-        home = self._sites[0].A.device
         sources = plan.sources(table.ranks)
-        moved = torch.from_numpy(sources).to(home)
-        self.scorers["components"].reindex(self._sites, moved, before)
+        self.scorers["components"].reindex(self._sites, torch.from_numpy(sources), before)
         self._ages = np.where(sources < 0, 0, table.ages[sources] + 1)
         if table.magnitudes is not None and plan.magnitudes is not None:
             stayed = table.magnitudes.on & plan.magnitudes
-            kept = torch.from_numpy(np.where(stayed, np.arange(len(stayed)), -1)).to(home)
+            kept = torch.from_numpy(np.where(stayed, np.arange(len(stayed)), -1))
             self.scorers["magnitudes"].reindex(self._sites, kept, before)
             self._magnitude_ages = np.where(stayed, table.magnitudes.ages + 1, 0)
 

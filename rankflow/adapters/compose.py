@@ -48,7 +48,7 @@ class Compose(torch.autograd.Function):
             scale: Factor of the low-rank branch.
         """
         dtype = base.dtype
-        inputs = x.flatten(0, -2).to(dtype)  # (tokens, in)
+        inputs = x.reshape(-1, x.shape[-1]).to(dtype)  # (tokens, in)
         factor = magnitude_factor(magnitude, norms)
         hidden = A.to(dtype) @ inputs.T  # (rank, tokens)
         compute = _mix
@@ -67,12 +67,12 @@ class Compose(torch.autograd.Function):
         base, inputs, hidden, A, B, magnitude, bias, norms, factor = ctx.saved_tensors
         x_shape, x_dtype = ctx.x_like
         wants = ctx.needs_input_grad
-        g = gradient.flatten(0, -2)  # (tokens, out)
+        g = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
         compute = _mix_gradients
         if fits(g, base, hidden, B, factor, norms, *_given(bias)):
             from rankflow.adapters.kernels.compose import mix_gradients as compute
         d_base, d_B, d_magnitude, d_bias = compute(
-            g, base.flatten(0, -2), hidden, B, factor, norms, bias, ctx.scale, wants[0], wants[5]
+            g, base.reshape(g.shape), hidden, B, factor, norms, bias, ctx.scale, wants[0], wants[5]
         )
         d_x = d_A = None
         if wants[1] or wants[2]:
@@ -83,12 +83,12 @@ class Compose(torch.autograd.Function):
             if wants[2]:
                 d_A = (d_hidden @ inputs).to(A.dtype)
         return (
-            None if d_base is None else d_base.view(base.shape),
+            d_base.view(base.shape) if wants[0] else None,
             d_x,
             d_A,
             d_B,
             d_magnitude.to(magnitude.dtype).view(magnitude.shape),
-            None if bias is None or d_bias is None else d_bias.to(bias.dtype),
+            d_bias.to(bias.dtype) if wants[5] else None,
             None,
             None,
         )
@@ -126,18 +126,20 @@ def _mix_gradients(
     scale: float,
     wants_base: bool,
     wants_bias: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of the base layer's output, of B, of m and of the bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of the base layer's output, of B, of m and of the bias.
+
+    The first and the last are empty where they are not wanted.
+    """
     wide = factor.dtype
     outer = (hidden @ g).T.contiguous().to(wide)  # (out, rank)
     along = _dot_over_tokens(g, base, bias, wide)
     along = along + scale * (outer * B.to(wide)).sum(dim=1)
-    d_base = torch.addcmul(g, g, (factor - 1).to(g.dtype)) if wants_base else None
     return (
-        d_base,
+        torch.addcmul(g, g, (factor - 1).to(g.dtype)) if wants_base else g.new_empty(0),
         (outer * (scale * factor).unsqueeze(1)).to(B.dtype),
         torch.where(is_zero_row(norms), 0, along / norms),
-        (1 - factor) * g.sum(dim=0, dtype=wide) if wants_bias else None,
+        (1 - factor) * g.sum(dim=0, dtype=wide) if wants_bias else g.new_empty(0),
     )
 
 

@@ -11,6 +11,7 @@ def follow(state: Tensor, sources: Tensor) -> Tensor:
     """Reorder per-component state: entry i becomes ``state[sources[i]]``, or 0 where that is -1."""
     if len(state) == 0:  # nothing to select from: all are newborn
         return state.new_zeros((len(sources), *state.shape[1:]))
+    sources = sources.to(state.device)
     moved = state.index_select(0, sources.clamp_min(0))
     return moved * (sources >= 0).to(state.dtype).view(-1, *[1] * (state.ndim - 1))
 

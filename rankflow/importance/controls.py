@@ -38,7 +38,8 @@ class RandomScore:
         generator = torch.Generator()  # the one that it has stays as it is
         generator.set_state(self._generator.get_state())
         drawn = _draw(len(sources), generator).to(self._home)
-        self._values = torch.where(sources >= 0, follow(self._values, sources), drawn)
+        survives = (sources >= 0).to(self._home)
+        self._values = torch.where(survives, follow(self._values, sources), drawn)
         self._generator = generator
 
     def state(self) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ class Rows:
 
     def _join(self, stack: _Stack, part: Callable[[int], Tensor]) -> Tensor:
         first, ranks = stack.members[0], [self.ranks[i] for i in stack.members]
-        dtype = torch.promote_types(self._parameters[first].dtype, torch.float32)
+        dtype = torch.promote_types(self.parameters[first].dtype, torch.float32)
         shape = (sum(ranks), self.widths[first])
         joined = torch.empty(shape, device=stack.device, dtype=dtype)
         for i, rows in zip(stack.members, joined.split(ranks), strict=True):

@@ -35,7 +35,8 @@ class Scorer(Protocol):
 
         Args:
             sites: The same sites at their new ranks.
-            sources: For each new component the index of the old one, -1 if newborn, shape ``(C,)``.
+            sources: For each new component the index of the old one, -1 if newborn, shape ``(C,)``,
+                on any device.
             before: What brings old state back whose memory is freed; without it old state lives on
                 beside the new one as long as it is held.
         """

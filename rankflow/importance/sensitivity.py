@@ -82,7 +82,6 @@ class Sensitivity:
         self, sites: Sequence[Site], sources: Tensor, before: Savepoint | None = None
     ) -> None:
         """Follow the components through a resize; under a savepoint the averages go by the host."""
-        sources = sources.to("cpu")
         self._factors = {
             name: self._factors[name].followed(rows, sources, before)
             for name, rows in _rows(sites).items()
@@ -134,7 +133,7 @@ def _move(
     def moved(site: int) -> Tensor:
         indices = sources[first_new[site] : first_new[site + 1]]
         local = torch.where(indices >= 0, indices - first_old[site], -1)
-        return follow(parts[site], local.to(parts[site].device))
+        return follow(parts[site], local)
 
     joined = new.join(moved)
     if before is not None:

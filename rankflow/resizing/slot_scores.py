@@ -57,7 +57,7 @@ class SlotScores:
     ) -> None:
         """Let the newborns' slots, and those without a component, start afresh."""
         survives = torch.zeros(count_slots(self._slots), dtype=torch.bool, device=self._home)
-        survives[table_order(self._slots, self._home)] = sources >= 0
+        survives[table_order(self._slots, self._home)] = (sources >= 0).to(self._home)
         places = torch.arange(len(self._here), device=self._home)
         inner = copy(self._inner)  # the one that it has stays as it is
         inner.reindex(sites, torch.where(survives[self._here], places, -1), before)

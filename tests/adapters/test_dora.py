@@ -211,6 +211,16 @@ def test_inputs_of_every_shape_are_taken(kind, bias, shape, layer_cases, host, a
     assert agree(outcome(model, x), outcome(stock, x))
 
 
+def test_a_single_vector_is_a_batch_of_one(layer_cases, dora_model):
+    model, _ = ours_and_pefts(dora_model(layer_cases["linear"]))
+    x = torch.randn(find_sites(model)[0].in_features, dtype=torch.float64)
+    alone, batch = outcome(model, x), outcome(model, x[None])
+    assert alone["output"].shape == batch["output"].shape[1:]
+    for name in ("output", "x"):
+        batch[name] = batch[name][0]
+    assert agree(alone, batch)
+
+
 def test_inputs_and_gradients_need_not_be_contiguous(layer_cases, dora_model):
     model, stock = ours_and_pefts(dora_model(layer_cases["linear"]))
     results = []

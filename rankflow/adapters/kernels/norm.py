@@ -19,7 +19,7 @@ again and sums the squares of ``W + s B A`` itself. It decides so on the device;
 *Precision.* All sums are in float32. Tensor cores multiply bfloat16 exactly, so next to a bfloat16
 W a finer A is two terms of 8 bits. Its error, 2^-18, is random and averages out over the columns.
 float32, and float16 under a finer A, whose remainder would fall below float16's range, multiply as
-float32 (see `dot_precision`).
+float32 (see `dot_precision`). G is torch's, as precise as its products of float32 are set to be.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rankflow.adapters.kernels.launch import ceil_div, on_device, power_of_two
-from rankflow.adapters.kernels.tiles import dot, dot_precision, sum_of_parts
+from rankflow.adapters.kernels.tiles import TINY, dot, dot_precision, sum_of_parts
 
 _PROGRAMS = 512  # about two for each multiprocessor of the largest GPUs
 _SHARED_BYTES = 96 * 2**10  # what a program can have on all GPUs since Ampere
@@ -259,9 +259,7 @@ def _finish(
         )
         total = tl.where(doubtful, exact, total)
     norm = tl.sqrt_rn(total)
-    # Not NaN, which shall be seen.
-    norm = tl.where(norm < 1.1754943508222875e-38, 1.1754943508222875e-38, norm)
-    tl.store(norms + rows, norm, there)
+    tl.store(norms + rows, tl.where(norm < TINY, TINY, norm), there)  # NaN shall be seen
 
 
 @triton.jit

@@ -154,12 +154,12 @@ def test_only_what_is_wanted_gets_a_gradient_and_it_is_the_same(wanted, case, ra
 
 
 def test_a_gradient_that_is_not_wanted_takes_no_memory(case, random):
-    from rankflow.adapters.kernels.compose import _mix_gradients
+    from rankflow.adapters.kernels.compose import mix_gradients
 
     a, g = case(37, 20, 70, 3), random(37, 70)
     hidden, factor = a["A"] @ a["x"].T, a["magnitude"] / a["norms"]
     rest = (hidden, a["B"], factor, a["norms"], a["bias"], SCALE)
-    d_base, _, _, d_bias = _mix_gradients(g, a["base"], *rest, False, False)
+    d_base, _, _, d_bias = mix_gradients(g, a["base"], *rest, False, False)
     assert d_base.numel() == d_bias.numel() == 0
 
 
