@@ -28,19 +28,19 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from rankflow.adapters.adam import MOMENTS, AdamStep, Scaled, read_scaler, rescale_young
 from rankflow.adapters.capture import is_capturing
 from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import local
+from rankflow.adapters.young import YoungSlices
 from rankflow.errors import RankFlowError
 from rankflow.records import RankPlan
 
 YOUTH = 30
-
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq")
 
 
 class FairStart:
@@ -65,6 +65,7 @@ class FairStart:
         """Go on from what ``lived`` returned."""
         self._called = [list(steps) for steps in lived]  # up to YOUTH, with the steps skipped since
         self._skipped: list[Tensor | None] = [None] * len(self._sites)
+        self._young: _Young | None = None  # found at the next step
 
     def lived(self) -> list[list[int]]:
         """Return the steps that each component has lived, up to ``YOUTH``, site by site.
@@ -80,6 +81,7 @@ class FairStart:
     def attach(self, optimizer: Optimizer) -> None:
         """Correct this optimizer from now on, and no other, if it is of Adam's kind."""
         self.close()
+        self._young = None
         if isinstance(optimizer, Adam | AdamW):
             self._hook = optimizer.register_step_pre_hook(self._before_step)
 
@@ -98,72 +100,147 @@ class FairStart:
             lived[i] = [lived[i][j] for j in keep] + [newborn] * int(births)
         self.resume(lived)
 
+    @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not any(_young_runs(steps) for steps in self._called):
+        if self._young is None:
+            self._young = _find_young(self._sites, self._called, optimizer)
+        young = self._young
+        if not young.factors:
             return
-        _refuse_capture(self._sites[0].A)
-        betas = {
-            parameter: group["betas"]
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        for i, (site, called) in enumerate(zip(self._sites, self._called, strict=True)):
-            trained = [(p, p.grad, axis) for p, axis in site.factors if p.grad is not None]
-            young = _young_runs(called)
-            if not trained or not young:  # without a gradient Adam does not count this step either
-                continue
-            scaled = _read_scaler(optimizer, site.A.device)
-            skipped = self._skipped[i]
-            for steps, first, count in young:
-                lived = steps if skipped is None else steps - skipped
-                for parameter, gradient, axis in trained:
-                    state = optimizer.state.get(parameter, {})
-                    if "step" not in state:
-                        continue
-                    for start, length in site.pieces(axis, first, count):
-                        _correct(
-                            local(gradient).narrow(axis, start, length),
-                            {
-                                key: local(state[key]).narrow(axis, start, length)
-                                for key in ("exp_avg", *_SQUARES)
-                                if key in state
-                            },
-                            shared=_count(state["step"]) + 1,
-                            lived=lived + 1,
-                            betas=betas[parameter],
-                            scaled=scaled,
-                        )
-                called[first : first + count] = [steps + 1] * count
+        _refuse_capture(young.factors[0].parameter)
+        steps = [_read_step(factor, optimizer) for factor in young.factors]
+        scaled = read_scaler(optimizer)
+        if not (scaled.is_plain and self._correct_at_once(young, steps)):
+            self._correct_each(young, steps, scaled)
+        for i in {f.site for f in young.factors if f.parameter.grad is not None}:
+            self._grow_older(i, young.runs[i])
             if scaled.skips is not None:
-                self._skipped[i] = scaled.skips + (0 if skipped is None else skipped)
+                skips, before = scaled.skips.to(self._sites[i].A.device), self._skipped[i]
+                self._skipped[i] = skips if before is None else skips + before
+
+    def _correct_at_once(self, young: "_Young", steps: Sequence[AdamStep | None]) -> bool:
+        """Correct all in one launch; return False, with nothing done, where that cannot be."""
+        if any(skipped is not None for skipped in self._skipped):
+            return False
+        lived = [self._called[f.site][part.first] for f in young.factors for part in f.parts]
+        return young.slices.correct(steps, lived)
+
+    def _correct_each(
+        self, young: "_Young", steps: Sequence[AdamStep | None], scaled: Scaled
+    ) -> None:
+        """Correct slice by slice, with torch."""
+        for factor, step in zip(young.factors, steps, strict=True):
+            if step is None:
+                continue
+            gradient = local(step.gradient)
+            moments = {key: local(step.state[key]) for key in MOMENTS if key in step.state}
+            here = scaled.on(gradient.device)
+            skipped = self._skipped[factor.site]
+            for part in factor.parts:
+                called = self._called[factor.site][part.first]
+                along = factor.axis, part.start, part.length
+                rescale_young(
+                    gradient.narrow(*along),
+                    {key: moment.narrow(*along) for key, moment in moments.items()},
+                    shared=step.taken + 1,
+                    lived=(called if skipped is None else called - skipped) + 1,
+                    betas=step.betas,
+                    scaled=here,
+                )
+
+    def _grow_older(self, i: int, runs: Sequence[tuple[int, int]]) -> None:
+        """Count a step for the young components of a site."""
+        called = self._called[i]
+        for first, count in runs:
+            steps = called[first] + 1
+            called[first : first + count] = [steps] * count
+            if steps >= YOUTH:
+                self._young = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Scaled:
-    """What a gradient scaler leaves to a fused optimizer, on the device of a site.
+class _Part:
+    """Where equally young components are in a factor.
 
     Attributes:
-        skips: 1 if the step is skipped for an overflow and 0 if not, shape ``()``; None if no
-            scaler leaves it to the optimizer.
-        loss_scale: The loss scale that is still on the gradients.
+        first: A component among them.
+        start: Their first index along the factor's axis.
+        length: Number of indices.
     """
 
-    skips: Tensor | None
-    loss_scale: Tensor | float
-
-    def unless_skipped(self, value: Tensor | float, otherwise: float) -> Tensor | float:
-        """Return ``value``, or in a step that is skipped ``otherwise``."""
-        return value if self.skips is None else torch.where(self.skips > 0, otherwise, value)
+    first: int
+    start: int
+    length: int
 
 
-def _read_scaler(optimizer: Optimizer, device: torch.device) -> _Scaled:
-    """Read what ``torch.amp.GradScaler`` sets for the time of a step, without waiting for it."""
-    skips = getattr(optimizer, "found_inf", None)
-    scale = getattr(optimizer, "grad_scale", None)
-    return _Scaled(
-        None if skips is None else skips.to(device, non_blocking=True),
-        1.0 if scale is None else scale.to(device, non_blocking=True),
+@dataclass(frozen=True, slots=True)
+class _Factor:
+    """A factor with young components.
+
+    Attributes:
+        site: Index of its site.
+        parameter: The factor.
+        axis: Its axis that runs over components.
+        group: Index of its parameter group.
+        parts: Where its young components are.
+    """
+
+    site: int
+    parameter: nn.Parameter
+    axis: int
+    group: int
+    parts: tuple[_Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Young:
+    """Who is young: the same until an event, or until some have grown up.
+
+    Attributes:
+        factors: Factors with young components that the optimizer trains.
+        runs: First index and length of each run of equally young components, by site.
+        slices: The parts of the factors, in order.
+    """
+
+    factors: tuple[_Factor, ...]
+    runs: dict[int, list[tuple[int, int]]]
+    slices: YoungSlices
+
+
+def _find_young(
+    sites: Sequence[Site], called: Sequence[Sequence[int]], optimizer: Optimizer
+) -> _Young:
+    groups = {p: n for n, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    runs = {i: found for i, steps in enumerate(called) if (found := _young_runs(steps))}
+    factors = tuple(
+        _Factor(i, parameter, axis, groups[parameter], _find_parts(sites[i], axis, runs[i]))
+        for i in runs
+        for parameter, axis in sites[i].factors
+        if parameter in groups
     )
+    slices = [
+        (owner, factor.axis, part.start, part.length)
+        for owner, factor in enumerate(factors)
+        for part in factor.parts
+    ]
+    return _Young(factors, runs, YoungSlices([f.parameter for f in factors], slices))
+
+
+def _find_parts(site: Site, axis: int, runs: Sequence[tuple[int, int]]) -> tuple[_Part, ...]:
+    return tuple(
+        _Part(first, start, length)
+        for first, count in runs
+        for start, length in site.pieces(axis, first, count)
+    )
+
+
+def _read_step(factor: _Factor, optimizer: Optimizer) -> AdamStep | None:
+    """Read what Adam is about to use; None without a gradient, or before its first step."""
+    gradient, state = factor.parameter.grad, optimizer.state.get(factor.parameter)
+    if gradient is None or state is None or "step" not in state:
+        return None
+    betas = optimizer.param_groups[factor.group]["betas"]
+    return AdamStep(gradient, state, _count(state["step"]), betas)
 
 
 def _refuse_capture(parameter: Tensor) -> None:
@@ -175,52 +252,20 @@ def _refuse_capture(parameter: Tensor) -> None:
         )
 
 
-def _young_runs(steps: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return (steps lived, first index, length) of each run of equally young components.
+def _young_runs(steps: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (first index, length) of each run of equally young components.
 
     >>> _young_runs([30, 2, 2, 0])
-    [(2, 1, 2), (0, 3, 1)]
+    [(1, 2), (3, 1)]
     """
     runs = []
     first = 0
     for lived, members in groupby(steps):
         count = len(list(members))
         if lived < YOUTH:
-            runs.append((lived, first, count))
+            runs.append((first, count))
         first += count
     return runs
-
-
-def _correct(
-    gradient: Tensor,
-    state: dict[str, Tensor],
-    *,
-    shared: float | Tensor,
-    lived: int | Tensor,
-    betas: tuple[float, float],
-    scaled: _Scaled,
-) -> None:
-    """Rescale young components before the step that will be their ``lived``-th."""
-    beta1, beta2 = betas
-    alpha = _ratio(beta1, shared, lived)
-    gamma = _ratio(beta2, shared, lived)
-    for key in _SQUARES:
-        if key in state:
-            grown = gamma / _ratio(beta2, shared - 1, lived - 1)
-            state[key].mul_(scaled.unless_skipped(grown, 1.0))
-    owed = (1 - beta2) / beta2 * (gamma - alpha**2) if beta2 > 0 else 0.0
-    owing = (gradient / scaled.loss_scale).square() * owed
-    state["exp_avg_sq"].add_(scaled.unless_skipped(owing, 0.0))
-    grown = alpha / _ratio(beta1, shared - 1, lived - 1)
-    state["exp_avg"].mul_(scaled.unless_skipped(grown, 1.0))
-    gradient.mul_(alpha)
-
-
-def _ratio(beta: float, shared: float | Tensor, lived: int | Tensor) -> float | Tensor:
-    """Return ``(1 - beta^shared) / (1 - beta^lived)``; 1 before the first step."""
-    if isinstance(lived, Tensor):
-        return torch.where(lived > 0, (1 - beta**shared) / (1 - beta**lived), 1.0)
-    return 1.0 if lived == 0 else (1 - beta**shared) / (1 - beta**lived)
 
 
 def _count(step: Tensor) -> float | Tensor:

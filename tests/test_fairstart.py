@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -324,6 +325,49 @@ def test_a_scaled_step_of_a_fused_optimizer_is_that_of_the_plain_one(unscale_fir
             scaler.update()
         ends.append(site.A.detach().clone())
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-6)
+
+
+def change_betas(site, optimizer):
+    optimizer.param_groups[0]["betas"] = (0.8, 0.99)
+    return optimizer
+
+
+def load_the_state(site, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return optimizer
+
+
+def move_the_weights(site, optimizer):
+    for parameter in (site.A, site.B):
+        parameter.data = parameter.data.clone()
+    return optimizer
+
+
+def make_another(site, optimizer):
+    groups = [{"params": [site.B], "betas": (0.8, 0.9)}, {"params": [site.A]}]
+    return torch.optim.AdamW(groups, lr=LR)
+
+
+@pytest.mark.parametrize("disturb", [change_betas, load_the_state, move_the_weights, make_another])
+def test_nothing_that_is_remembered_between_events_is_out_of_date(disturb, make_site):
+    ends = []
+    for forgets in (True, False):
+        site = make_site()
+        optimizer = torch.optim.AdamW([site.A, site.B], lr=LR)
+        fair = FairStart([site])
+        fair.attach(optimizer)
+        train(site, optimizer, range(100), [0, 1])
+        give_birth(site, optimizer, fair, 2)
+        train(site, optimizer, range(100, 105), [0, 1, 2, 3])
+        trained_by = disturb(site, optimizer)
+        if trained_by is not optimizer:
+            fair.attach(trained_by)
+        for step in range(105, 110):
+            if forgets:
+                fair.resume(fair.lived())
+            train(site, trained_by, [step], [0, 1, 2, 3])
+        ends.append((site.A.detach(), site.B.detach()))
+    assert all(map(torch.equal, *ends))
 
 
 def test_the_first_steps_of_a_newborn_are_not_captured_into_a_graph(make_site, monkeypatch):

@@ -7,11 +7,6 @@ An adapter has hundreds of tensors of a few rows each. They stay where they are:
 addresses tells every program its row, while the torch code joins weights, and gradients, end to end
 first, and so moves all of them three times instead of once.
 
-*Addresses.* They are taken from the tensors at every launch, by a caller that holds these, and go
-to the device only if one has changed. What is read is the memory of tensors that live at the
-launch, on the stream of the launch; what comes after it on that stream may free them. On another
-stream the table is made anew.
-
 *Order.* A row is one program's, which adds up its blocks one after the other, in float32: the sums
 are the same at every call.
 """
@@ -23,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankflow.adapters.kernels.addresses import TYPES, Addresses
 from rankflow.adapters.kernels.launch import on_device, power_of_two
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _BLOCK = 4096
 
 
@@ -51,8 +46,7 @@ class RowTable:
             for row in range(count)
         ]
         self._rows = torch.tensor(table, dtype=torch.int64, device=device)  # (rows, 3)
-        self._known: tuple[int, list[int]] = (0, [])
-        self._addresses = torch.zeros(0, dtype=torch.int64, device=device)
+        self._addresses = Addresses(device)
 
     def dots(
         self,
@@ -72,33 +66,18 @@ class RowTable:
         dots = torch.empty(self._count, device=self.device)
         if self._count == 0:
             return dots
-        known = (_stream(self.device), addresses)
-        if known != self._known:
-            self._addresses = _upload(addresses, self.device)
-            self._known = known
         tensors = len(addresses) // (2 if subtracted is None else 3)
         with on_device(dots):
             _dot_rows[(self._count,)](
-                *(self._rows, self._addresses, dots, tensors),
-                TYPE=_TYPES[dtype],
-                SUBTRACTED=_TYPES[subtracted or torch.float32],
+                *(self._rows, self._addresses.bring(addresses), dots, tensors),
+                TYPE=TYPES[dtype],
+                SUBTRACTED=TYPES[subtracted or torch.float32],
                 SUBTRACTS=subtracted is not None,
                 TINY=torch.finfo(subtracted or torch.float32).tiny,
                 BLOCK=self._block,
                 num_warps=4,
             )
         return dots
-
-
-def _stream(device: torch.device) -> int:
-    """Name the stream of the launch: memory is in order on the stream that it was made on."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _upload(addresses: Sequence[int], device: torch.device) -> Tensor:
-    """Bring numbers to the device; its allocator keeps the host's copy until it has arrived."""
-    numbers = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return numbers.to(device, non_blocking=True)
 
 
 @triton.jit(do_not_specialize=["tensors"])

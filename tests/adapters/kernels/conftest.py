@@ -8,6 +8,8 @@ DEVICES = [
     pytest.param("cpu", marks=pytest.mark.interpreter),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
+# As triton.backends.compiler.GPUTarget takes them.
+GPUS = {"A100": ("cuda", 80, 32), "H100": ("cuda", 90, 32), "MI300": ("hip", "gfx942", 64)}
 
 
 @pytest.fixture(params=DEVICES)
@@ -48,3 +50,27 @@ def kernels_in():
         return {name.removeprefix("rankflow::") for name in seen.names if "rankflow::" in name}
 
     return record
+
+
+@pytest.fixture(params=GPUS)
+def absent_gpu(request):
+    """The name of a GPU that need not be here."""
+    return request.param
+
+
+@pytest.fixture
+def compile_for(monkeypatch, tmp_path):
+    """Compile a kernel for a GPU, given the types of its arguments and its constants."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def compile_kernel(gpu, kernel, signature, constants):
+        if not isinstance(kernel, triton.JITFunction):
+            pytest.skip("the interpreter takes the compiler's place")
+        kinds = signature | dict.fromkeys(constants, "constexpr")
+        fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = triton.compiler.ASTSource(kernel, kinds, fixed, {})
+        target = triton.backends.compiler.GPUTarget(*GPUS[gpu])
+        return triton.compile(source, target=target, options={"num_warps": 4})
+
+    return compile_kernel

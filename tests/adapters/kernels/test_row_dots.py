@@ -92,12 +92,12 @@ def test_weights_may_move_too(device):
 
 
 def test_addresses_go_to_the_device_only_if_one_has_changed(device, monkeypatch):
-    from rankflow.adapters.kernels import row_dots
+    from rankflow.adapters.kernels import addresses
 
     uploads = []
-    upload = row_dots._upload
+    upload = addresses.upload
     monkeypatch.setattr(
-        row_dots, "_upload", lambda *arguments: uploads.append(1) or upload(*arguments)
+        addresses, "upload", lambda *arguments: uploads.append(1) or upload(*arguments)
     )
     parameters = make_parameters(device)
     table = Dots(parameters, ROWS, LENGTHS)
@@ -179,21 +179,12 @@ def test_scores_by_the_kernel_are_those_of_torch(name, gated, mixed, device, mon
         torch.testing.assert_close(of_kernel, of_torch, rtol=1e-4, atol=1e-7)
 
 
-TARGETS = {"A100": ("cuda", 80, 32), "H100": ("cuda", 90, 32), "MI300": ("hip", "gfx942", 64)}
-
-
 @pytest.mark.parametrize("subtracts", [True, False])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("gpu", TARGETS)
-def test_the_kernel_compiles_for_gpus_that_are_not_here(
-    gpu, kind, subtracts, monkeypatch, tmp_path
-):
+def test_the_kernel_compiles_for_gpus_that_are_not_here(kind, subtracts, absent_gpu, compile_for):
     triton = pytest.importorskip("triton")
     from rankflow.adapters.kernels.row_dots import _dot_rows
 
-    if not isinstance(_dot_rows, triton.JITFunction):
-        pytest.skip("the interpreter takes the compiler's place")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {
         "TYPE": getattr(triton.language, kind),
         "SUBTRACTED": triton.language.float32,
@@ -202,9 +193,5 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(
         "BLOCK": 4096,
     }
     signature = {"rows": "*i64", "addresses": "*i64", "dots": "*fp32", "tensors": "i32"}
-    signature |= dict.fromkeys(constants, "constexpr")
-    fixed = {(_dot_rows.arg_names.index(name),): value for name, value in constants.items()}
-    source = triton.compiler.ASTSource(_dot_rows, signature, fixed, {})
-    target = triton.backends.compiler.GPUTarget(*TARGETS[gpu])
-    compiled = triton.compile(source, target=target, options={"num_warps": 4})
+    compiled = compile_for(absent_gpu, _dot_rows, signature, constants)
     assert compiled.metadata.shared <= 64 * 2**10
