@@ -20,6 +20,11 @@ own by splitting the tensor.)
 
 A fused optimizer under a gradient scaler is called even for a step that it skips, and the device
 alone knows which: such steps are counted there, and between events nobody waits for that number.
+
+On a GPU all slices of all factors are rescaled in one launch, unless a scaler leaves steps to the
+optimizer, or tensors are sharded, on several devices, or of several types (``adapters.young``).
+Otherwise torch does it, with five small operations a slice (``adapters.adam``). What is young, and
+where, is found after an event, and again when some have grown up.
 """
 
 from collections.abc import Sequence
@@ -115,7 +120,8 @@ class FairStart:
         for i in {f.site for f in young.factors if f.parameter.grad is not None}:
             self._grow_older(i, young.runs[i])
             if scaled.skips is not None:
-                skips, before = scaled.skips.to(self._sites[i].A.device), self._skipped[i]
+                skips = scaled.skips.to(self._sites[i].A.device, non_blocking=True)
+                before = self._skipped[i]
                 self._skipped[i] = skips if before is None else skips + before
 
     def _correct_at_once(self, young: "_Young", steps: Sequence[AdamStep | None]) -> bool:

@@ -438,6 +438,21 @@ def test_mature_components_are_never_corrected(make_site):
     assert fair.lived() == [[YOUTH, YOUTH]]
 
 
+def test_a_newborn_that_has_grown_up_is_left_alone_and_counted_no_more(make_site):
+    site = make_site()
+    optimizer = torch.optim.AdamW([site.A, site.B], lr=LR)
+    fair = FairStart([site])
+    fair.attach(optimizer)
+    train(site, optimizer, range(100), [0, 1])
+    give_birth(site, optimizer, fair, 1)
+    for step in range(100, 102 + YOUTH):
+        train(site, optimizer, [step], [0, 1, 2])
+        gradient = gradients_at(step)[0][:3]
+        is_corrected = not torch.equal(site.A.grad, gradient)
+        assert is_corrected == (step < 100 + YOUTH)
+    assert fair.lived() == [[YOUTH] * 3]
+
+
 def test_attaching_again_does_not_correct_twice(make_site):
     ends = []
     for times in (1, 3):
