@@ -39,6 +39,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rankflow.adapters.adam import MOMENTS, AdamStep, Scaled, read_scaler, rescale_young
 from rankflow.adapters.capture import is_capturing
+from rankflow.adapters.kernels.choose import fits
 from rankflow.adapters.sites import Site
 from rankflow.adapters.slots import local
 from rankflow.adapters.young import YoungSlices
@@ -60,6 +61,7 @@ class FairStart:
     def __init__(self, sites: Sequence[Site]) -> None:
         self._sites = tuple(sites)
         self._hook: RemovableHandle | None = None
+        fits(self._sites[0].A)  # asks the device now, when nobody minds to wait for its answer
         self.restart()
 
     def restart(self) -> None:
