@@ -1,4 +1,4 @@
-"""The plain values of an engine's state: what each must be, and how many there must be."""
+"""The plain values of an engine's state: what each must be, how many, and of which run."""
 
 from typing import Annotated, Any
 

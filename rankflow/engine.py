@@ -8,9 +8,8 @@ One event is a straight line, and no call returns upward::
     observers.follow()  scores and all else that is known of the components
     sinks               whoever wants to know                        <- RankEvent
 
-All but the sinks is one transaction: whatever interrupts it, lack of memory or a keyboard, leaves
-model, optimizer and engine as they were. What a sink raises reaches the caller, and the event
-stands.
+All but the sinks is one transaction: whatever interrupts it leaves model, optimizer and engine as
+they were. What a sink raises reaches the caller, and the event stands.
 """
 
 import time

@@ -71,7 +71,7 @@ def begin(
     ranks, magnitudes = resolved.start_ranks, resolved.start_magnitudes
     resizer.begin(resolved.sites, ranks, magnitudes, growth.newborns(0))
     if is_new:
-        gating.start(sites, budget.components, growth.newborns(0).generator)
+        gating.start_components(sites, budget.components, growth.newborns(0).generator)
 
 
 def _resolve(

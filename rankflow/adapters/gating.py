@@ -67,7 +67,9 @@ def convert_new(sites: Sequence[Site], components: Components, *, is_resumed: bo
     return True
 
 
-def start(sites: Sequence[Site], components: Components, generator: torch.Generator) -> None:
+def start_components(
+    sites: Sequence[Site], components: Components, generator: torch.Generator
+) -> None:
     """Draw what converted components start from, at the ranks that their sites have now.
 
     Args:

@@ -20,7 +20,7 @@ def transaction(
     optimizer: Optimizer | None = None,
     others: Iterable[object] = (),
 ) -> Iterator[Savepoint]:
-    """Put everything back if the block does not come to its end, whatever interrupts it.
+    """Put everything back if lack of memory, a keyboard or anything else interrupts the block.
 
     Args:
         what: What the block does, as the subject of a sentence.
