@@ -9,7 +9,7 @@ from rankflow.allocation.policies import Policy, feasible_range, make_policy, un
 from rankflow.allocation.pools import magnitudes_at, with_pools
 from rankflow.allocation.scheduler import Scheduler
 from rankflow.allocation.schedules import make_schedule
-from rankflow.errors import BudgetError
+from rankflow.errors import BudgetError, SpecError
 from rankflow.records import BoolArray, ComponentTable, IntArray, SiteInfo
 from rankflow.specs.budget import BudgetSpec, match_pattern, resolve_steps
 
@@ -38,6 +38,25 @@ class ResolvedBudget:
     start_magnitudes: BoolArray
     scheduler: Scheduler
     is_static: bool
+
+
+def check_arguments(budget: BudgetSpec, total_steps: int) -> None:
+    """Check that a budget and the length of a run are of the types that they should be.
+
+    Raises:
+        SpecError: The budget is something else.
+        BudgetError: The steps are no positive whole number.
+    """
+    if not isinstance(budget, BudgetSpec):
+        raise SpecError(
+            f"budget must be a BudgetSpec, received {type(budget).__name__}; "
+            'use rankflow.load_budget("reallocate", rank=8) or another preset'
+        )
+    if not isinstance(total_steps, int) or total_steps < 1:
+        raise BudgetError(
+            f"total_steps must be a positive whole number of optimizer steps, received "
+            f"{total_steps!r}"
+        )
 
 
 def resolve_budget(

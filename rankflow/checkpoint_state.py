@@ -1,4 +1,4 @@
-"""The plain values of an engine's state: what each must be, and how many there must be."""
+"""The plain values of an engine's state: what each must be, how many, and of which run."""
 
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from pydantic import (
     ValidationError,
 )
 
-from rankflow.errors import excerpt
+from rankflow.errors import CheckpointError, excerpt
 from rankflow.records import RankEvent
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
@@ -73,6 +73,34 @@ def check_state(state: dict[str, Any]) -> None:
         raise ValueError("slots does not give each component of each site a slot of its own")
     if values.steps > values.total_steps:
         raise ValueError(f"it is at step {values.steps} of {values.total_steps}")
+
+
+def check_same_run(
+    state: dict[str, Any], budget: dict[str, Any], total_steps: int, sites: list[str]
+) -> None:
+    """Check that a state belongs to a run.
+
+    Args:
+        state: What ``RankFlow.state_dict()`` returned.
+        budget: The run's budget, as plain values.
+        total_steps: Its optimizer steps.
+        sites: Names of its sites, in order.
+
+    Raises:
+        CheckpointError: It was saved in another.
+    """
+    mine = {"budget": budget, "total_steps": total_steps, "sites": sites}
+    theirs = {
+        "budget": state["budget"],
+        "total_steps": state["total_steps"],
+        "sites": list(state["ranks"]),
+    }
+    for key, value in mine.items():
+        if theirs[key] != value:
+            raise CheckpointError(
+                f"the saved state has other {key} than this run: {theirs[key]} instead of "
+                f"{value}; resume with the spec and the model that wrote it"
+            )
 
 
 def _fits(slots: list[list[int]] | None, ranks: list[int]) -> bool:

@@ -8,11 +8,43 @@ the gate is no part of :math:`b_i`).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rankflow.adapters.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Regulariser:
+    """The regulariser of a run: on from the start until pruning ends, if its weight is above 0.
+
+    Attributes:
+        sites: The sites.
+        components: Components of all sites at the start, ``r0 L``, at least 1.
+        eta: Weight of the regulariser.
+        end: Optimizer steps after which it is off.
+    """
+
+    sites: tuple[Site, ...]
+    components: int
+    eta: float
+    end: int
+
+    def penalty(self, steps: int) -> Tensor:
+        """Return ``eta * R`` after so many optimizer steps, a differentiable scalar."""
+        if not self._is_on(steps):
+            return torch.zeros((), device=self.sites[0].A.device)
+        return self.eta * penalty(self.sites, self.components)
+
+    def add_gradient(self, steps: int) -> None:
+        """Add the gradient of ``eta * R`` after so many optimizer steps."""
+        if self._is_on(steps):
+            add_gradient(self.sites, self.components, self.eta)
+
+    def _is_on(self, steps: int) -> bool:
+        return self.eta > 0 and steps < self.end
 
 
 def penalty(sites: Sequence[Site], components: int) -> Tensor:

@@ -1,10 +1,15 @@
-"""Turn a decided plan into the record of what it did."""
+"""Turn a decided plan into the record of what it did, and records into plain values."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from rankflow.records import BoolArray, ComponentChange, ComponentTable, RankEvent, RankPlan
 
 _BORN = "demand per parameter"
+_EVENTS = TypeAdapter(list[RankEvent])
 
 
 def describe(
@@ -44,6 +49,17 @@ def describe(
         parameters=dict(zip(names, parameters.tolist(), strict=True)),
         magnitude_change=_magnitude_change(table, before),
     )
+
+
+def dump_events(events: Sequence[RankEvent]) -> list[dict[str, Any]]:
+    """Return events as plain values."""
+    plain: list[dict[str, Any]] = _EVENTS.dump_python(list(events), mode="json")
+    return plain
+
+
+def load_events(values: Sequence[dict[str, Any]]) -> list[RankEvent]:
+    """Return the events that ``dump_events`` was given."""
+    return _EVENTS.validate_python(values)
 
 
 def _magnitudes(table: ComponentTable, plan: RankPlan) -> tuple[BoolArray, BoolArray]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankflow.adapters.newborns import Newborns
-from rankflow.adapters.optimizer_state import FACTORED, component_axis, resize_state
+from rankflow.adapters.optimizer_state import component_axis, places_in, resize_state
 from rankflow.adapters.rebuild import draw_newborns, rebuild_factors, rebuild_magnitude
 from rankflow.adapters.savepoint import Savepoint
 from rankflow.adapters.sites import Site, magnitudes_on
@@ -95,7 +95,7 @@ def resize(
             resized; nothing was changed.
     """
     parts = [p for p in _split_plan(sites, plan) if p.changes_rank or p.changes_magnitude]
-    places = {} if optimizer is None else _places(optimizer)
+    places = {} if optimizer is None else places_in(optimizer)
     for part in parts:
         _check_optimizer(part, optimizer, places, renormalise)
     drawn = {part.index: _draw(part, newborns) for part in parts}
@@ -160,61 +160,6 @@ def replace(sites: Sequence[Site], tensors: Sequence[Mapping[str, Tensor]]) -> N
         raise
 
 
-def adopt_gate(site: Site, optimizer: Optimizer) -> None:
-    """Let an optimizer that was made before a site got its gates train them, in the group of B.
-
-    They come to stand where an optimizer made afterwards has them, and factors that are frozen now
-    go, so that their states match.
-
-    Args:
-        site: The site; without a gate nothing happens.
-        optimizer: The optimizer that trains A and B; it must not have taken a step yet.
-
-    Raises:
-        SurgeryError: The optimizer has trained the site without its gate.
-    """
-    places = _places(optimizer)
-    if site.gate is None or site.gate in places or site.B not in places:
-        return
-    if optimizer.state.get(site.B):
-        raise SurgeryError(
-            f"the optimizer has taken steps without the gates of site {site.name!r}; make it after "
-            "RankFlow, or call flow.attach(optimizer) before its first step"
-        )
-    group, _ = places[site.B]
-    before = [p for p in site.named_parameters.values() if p in places and places[p][0] == group]
-    last = max(places[p][1] for p in before)
-    gates = [site.gate] if site.row_gate is None else [site.gate, site.row_gate]
-    params = optimizer.param_groups[group]["params"]
-    params[last + 1 : last + 1] = gates
-    frozen = [factor for factor in (site.A, site.B) if not factor.requires_grad]
-    params[:] = [p for p in params if not any(p is factor for factor in frozen)]
-
-
-def check_state(site: Site, optimizer: Optimizer) -> None:
-    """Check that the optimizer's state has the shapes of the site's factors.
-
-    A fused optimizer does not check them, and would write beyond the state's memory.
-
-    Args:
-        site: The site.
-        optimizer: The optimizer that trains it.
-
-    Raises:
-        SurgeryError: The optimizer has taken steps while the site had another rank.
-    """
-    for parameter, _ in site.factors:
-        for key, value in optimizer.state.get(parameter, {}).items():
-            is_whole = isinstance(value, Tensor) and value.ndim > 0 and key not in FACTORED
-            if is_whole and value.numel() > 1 and value.shape != parameter.shape:
-                raise SurgeryError(
-                    f"the optimizer has trained site {site.name!r} at another rank: its state "
-                    f"{key!r} has shape {tuple(value.shape)}, and the parameter "
-                    f"{tuple(parameter.shape)}; begin with a new optimizer, and in a Trainer with "
-                    "a new Trainer"
-                )
-
-
 def _split_plan(sites: Sequence[Site], plan: RankPlan) -> list[_SitePlan]:
     """Check a plan against the sites, and hand out its parts."""
     magnitudes = magnitudes_on(sites) if plan.magnitudes is None else plan.magnitudes
@@ -254,14 +199,6 @@ def _check_part(part: _SitePlan) -> None:
             f"the plan gives site {site.name!r} a magnitude, and its adapter is plain LoRA; "
             "make it with LoraConfig(use_dora=True)"
         )
-
-
-def _places(optimizer: Optimizer) -> dict[nn.Parameter, tuple[int, int]]:
-    return {
-        parameter: (g, i)
-        for g, group in enumerate(optimizer.param_groups)
-        for i, parameter in enumerate(group["params"])
-    }
 
 
 def _check_optimizer(

@@ -206,7 +206,7 @@ def engine_run(model, flow):
         optimizer.zero_grad()
         loss.backward()
         flow.observe()
-        scores = flow._tracker.scorers["components"].read().tolist()
+        scores = flow._observers.tracker.scorers["components"].read().tolist()
         optimizer.step()
         named = [(name, component) for name, parts in alive.items() for component in parts]
         event = flow.step(optimizer)

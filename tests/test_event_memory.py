@@ -243,7 +243,7 @@ def test_a_graph_that_lives_on_holds_no_old_adapter():
 
 def test_an_event_frees_the_buffers_of_the_sketch():
     run = Run("LoRA").until_event()
-    sketch = run.flow._growth.sketch
+    sketch = run.flow._observers.growth.sketch
     buffers = [StorageWeakRef(t.untyped_storage()) for s in sketch._sums for t in (s.step, s.total)]
     assert len(buffers) == 2
     assert not any(buffer.expired() for buffer in buffers)

@@ -218,7 +218,7 @@ def test_a_newborn_s_gate_takes_the_adam_steps_of_step_0():
         np.array([int(s is site) for s in flow._sites]),
     )
     resize(flow._sites, plan, optimizer, newborns())
-    flow._fair_start.follow(plan)
+    flow._observers.fair_start.follow(plan)
     gradients = torch.randn(6, generator=torch.Generator().manual_seed(1)).tolist()
     lone = torch.zeros(1, requires_grad=True)
     reference = torch.optim.AdamW([lone], lr=0.03)

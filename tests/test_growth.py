@@ -326,8 +326,8 @@ def update_ratios(use_dora, fair=True):
     budget = GROW | {"rank": 2, "start": 0.6, "warmup": 150, "cooldown": 100, "every": 150}
     model, flow, optimizer = start(budget, total_steps=400, use_dora=use_dora)
     if not fair:
-        flow._fair_start.close()
-        flow._fair_start.attach = lambda optimizer: None
+        flow._observers.fair_start.close()
+        flow._observers.fair_start.attach = lambda optimizer: None
     for step in range(late):
         take_step(model, flow, optimizer, step)
     born = {change.site for change in flow.history[1].born}

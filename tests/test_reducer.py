@@ -231,7 +231,7 @@ def test_gradients_that_are_averaged_by_hand_will_do(in_processes):
     def work(number):
         run = Run(number, wrap=lambda model: model)
         seen = []
-        run.flow._tracker.observe = lambda unclip, accept: seen.append(unclip.item())
+        run.flow._observers.tracker.observe = lambda unclip, accept: seen.append(unclip.item())
         run.backward(0)
         for parameter in run.trained:
             dist.all_reduce(parameter.grad)
@@ -261,7 +261,7 @@ def test_what_clipping_took_is_read_after_averaging(micro, static_graph, in_proc
                 run.backward(10 * step + part)
             norm = clip_grad_norm_(run.trained, 0.001)
             left = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in run.trained]))
-            reading = run.flow._gradients.read()
+            reading = run.flow._observers.gradients.read()
             factors.append((reading.unclip.item(), (norm / left).item()))
             run.flow.observe()
             run.optimizer.step()

@@ -1,17 +1,17 @@
 """Turn an ordinary adapter into one of gated components, before it has been trained."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import assert_never
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankflow.adapters.dora import accelerate_site
 from rankflow.adapters.gate import add_gate
 from rankflow.adapters.savepoint import renew
 from rankflow.adapters.sites import Site
-from rankflow.adapters.vera import add_vectors
+from rankflow.adapters.vera import add_vectors, start_vectors
 from rankflow.errors import SiteError
 from rankflow.specs.budget import Components
 
@@ -43,6 +43,70 @@ def convert(sites: Sequence[Site], components: Components) -> None:
             add_vectors(sites)
         case _:
             assert_never(components)
+
+
+def convert_new(sites: Sequence[Site], components: Components, *, is_resumed: bool) -> bool:
+    """Convert the sites of an adapter that has no gates yet.
+
+    Args:
+        sites: All sites of an adapter.
+        components: The kind of components that a budget asks for.
+        is_resumed: Whether the adapter may be trained, since a saved state says how it goes on.
+
+    Returns:
+        Whether they had none, so that what they start from has to be drawn.
+
+    Raises:
+        SiteError: The adapter has been trained, and not as components of that kind.
+    """
+    if sites[0].gate is not None:
+        return False
+    if components != "factors" and not is_resumed:
+        check_untrained(sites)
+    convert(sites, components)
+    return True
+
+
+def start_components(
+    sites: Sequence[Site], components: Components, generator: torch.Generator
+) -> None:
+    """Draw what converted components start from, at the ranks that their sites have now.
+
+    Args:
+        sites: The sites.
+        components: Their kind.
+        generator: A CPU generator.
+    """
+    match components:
+        case "factors":
+            pass
+        case "gated":
+            start_gates(sites, generator)
+        case "vera":
+            start_vectors(sites)
+        case _:
+            assert_never(components)
+
+
+def save_gated(sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Return a copy of B and the gates of gated sites: a stock state dict has their product."""
+    return {key: factor.detach().clone() for key, factor in _gated_factors(sites).items()}
+
+
+def load_gated(sites: Sequence[Site], saved: Mapping[str, Tensor]) -> None:
+    """Restore what ``save_gated`` returned, at sites of the same ranks."""
+    for key, factor in _gated_factors(sites).items():
+        renew(factor, saved[key])
+
+
+def _gated_factors(sites: Sequence[Site]) -> dict[str, nn.Parameter]:
+    return {
+        f"{site.name}.{name}": factor
+        for site in sites
+        if site.gate is not None
+        for name, factor in (("B", site.B), ("gate", site.gate), ("row_gate", site.row_gate))
+        if factor is not None
+    }
 
 
 def check_untrained(sites: Sequence[Site]) -> None:

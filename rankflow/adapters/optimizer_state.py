@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rankflow.adapters.rebuild import take
 from rankflow.errors import SurgeryError
@@ -11,6 +12,15 @@ from rankflow.errors import SurgeryError
 FACTORED = {"row_var": -1, "col_var": -2, "exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
 """Factored second moments (Adafactor) and the axis of the parameter that each lacks, counted from
 the end; torch keeps the lacking axis with size 1, transformers drops it."""
+
+
+def places_in(optimizer: Optimizer) -> dict[nn.Parameter, tuple[int, int]]:
+    """Return the group of each parameter of an optimizer, and its place in it."""
+    return {
+        parameter: (g, i)
+        for g, group in enumerate(optimizer.param_groups)
+        for i, parameter in enumerate(group["params"])
+    }
 
 
 def component_axis(

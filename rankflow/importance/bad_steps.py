@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankflow.adapters.sites import Site
-from rankflow.errors import DivergenceError
+from rankflow.errors import DivergenceError, RankFlowError
 from rankflow.importance.closer_look import CloserLook
 from rankflow.importance.finite import Owned, name_sites
 from rankflow.importance.gradients import Reading
@@ -26,6 +26,19 @@ _REMEDY = (
     "lower the learning rate, train in bf16 instead of fp16, or look at the rows of that step; "
     "then go on from the last checkpoint"
 )
+
+
+def check_limit(max_bad_steps: int) -> None:
+    """Check that a limit is a number of steps.
+
+    Raises:
+        RankFlowError: It is not.
+    """
+    if not isinstance(max_bad_steps, int) or max_bad_steps < 1:
+        raise RankFlowError(
+            f"max_bad_steps must be a positive whole number of steps, received {max_bad_steps!r}; "
+            f"the default is {MAX_BAD_STEPS}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rankflow import processes
 from rankflow.adapters.slots import local
 from rankflow.errors import DivergenceError
 
@@ -33,6 +34,19 @@ def norms_of_all(tensors: Sequence[Tensor], home: torch.device) -> Tensor:
 def are_sound(norms: Tensor) -> Tensor:
     """Whether gradients of these norms are fit to be squared: finite, and below 1e19."""
     return torch.isfinite(norms.square())
+
+
+def is_finite_loss(loss: Tensor | None, like: Tensor) -> Tensor:
+    """Whether a loss is finite, a boolean of shape ``()``; does not wait for the device.
+
+    Args:
+        loss: Of any shape; of None, and in a job of several processes, where each has its own,
+            nothing is said.
+        like: A boolean of shape ``()`` on the device where the result is wanted.
+    """
+    if loss is None or processes.are_several():
+        return torch.ones_like(like)
+    return torch.isfinite(loss.detach()).all().to(like.device, non_blocking=True)
 
 
 @torch.no_grad()

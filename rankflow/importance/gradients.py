@@ -168,6 +168,17 @@ class StepGradients:
             self._accumulated[parameter] = norm
 
 
+def trained_beside(model: nn.Module, sites: Sequence[Site]) -> list[nn.Parameter]:
+    """Return what a model trains beside the adapter, such as a task head.
+
+    Args:
+        model: The model.
+        sites: All sites of the adapter.
+    """
+    adapter = {id(p) for site in sites for p in (*site.trained, *site.named_parameters.values())}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in adapter]
+
+
 def _trained(site: Site) -> tuple[nn.Parameter, ...]:
     factors = site.trained if site.rank > 0 else ()
     return factors if site.magnitude is None else (*factors, site.magnitude)

@@ -110,7 +110,7 @@ def train(kind, number=0, count=1, *, micro=1, options=None, first="engine", kee
             loss += part.detach()
         clip_grad_norm_(model.parameters(), 0.1)
         flow.observe()
-        scores.append(torch.cat([t.flatten() for t in flow._tracker.tensors().values()]))
+        scores.append(torch.cat([t.flatten() for t in flow._observers.tracker.tensors().values()]))
         optimizer.step()
         optimizer.zero_grad(set_to_none=not keep_zeros)
         flow.step(optimizer)

@@ -256,8 +256,9 @@ def test_an_event_that_fails_in_one_process_leaves_all_as_they_were(job, in_proc
 
         optimizer.register_step_post_hook(keep)
         live, batches = [list(s.slots.live) for s in flow._sites], run.batches()
-        follow = flow._fair_start.follow
-        flow._fair_start.follow = _fail if number == 1 else follow  # values are written by then
+        fair_start = flow._observers.fair_start
+        follow = fair_start.follow
+        fair_start.follow = _fail if number == 1 else follow  # values are written by then
 
         def go_on():
             for batch in batches:
@@ -269,7 +270,7 @@ def test_an_event_that_fails_in_one_process_leaves_all_as_they_were(job, in_proc
         assert all(torch.equal(a, b) for a, b in zip(kept["before"], after, strict=True))
         assert [s.slots.live for s in flow._sites] == live
         assert flow.history == []
-        flow._fair_start.follow = follow
+        fair_start.follow = follow
         go_on()
         check_zeros(flow, optimizer)
         return len(flow.history), flow.ranks

@@ -101,7 +101,7 @@ def test_nor_in_lora_where_newborns_are_young(score, mixed, waits, made_up):
     places, events = run(loop, waits, made_up)
     assert places == []
     assert sum(len(event.born) for event in events) > 0
-    assert any(min(steps, default=30) < 30 for steps in loop.flow._fair_start.lived())
+    assert any(min(steps, default=30) < 30 for steps in loop.flow._observers.fair_start.lived())
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
@@ -140,7 +140,7 @@ def test_a_gradient_scaler_and_a_fused_optimizer_do_not_change_that(mixed, waits
         places += noted.places
     assert places == []
     assert scaler.get_scale() == 512.0
-    assert any(min(steps, default=30) < 30 for steps in loop.flow._fair_start.lived())
+    assert any(min(steps, default=30) < 30 for steps in loop.flow._observers.fair_start.lived())
 
 
 class Reading(Taylor):
@@ -174,7 +174,7 @@ def test_whoever_waits_is_found(read, device, mixed, waits, made_up):
     with made_up():
         optimizer = FUSED if device == "cpu" else AdamW
         loop = Loop(mixed, device, make_optimizer=optimizer)
-    loop.flow._tracker.scorers["components"] = Reading(loop.flow._sites, read)
+    loop.flow._observers.tracker.scorers["components"] = Reading(loop.flow._sites, read)
     with waits(device) as noted:
         if device == "meta":
             with pytest.raises((RuntimeError, NotImplementedError), match=r"[Mm]eta"):
@@ -197,7 +197,7 @@ def test_whoever_waits_is_found(read, device, mixed, waits, made_up):
 def test_a_copy_from_the_host_that_waits_is_found(copy, mixed, waits, made_up):
     with made_up():
         loop = Loop(mixed, "meta")
-    loop.flow._tracker.scorers["components"] = Reading(loop.flow._sites, copy)
+    loop.flow._observers.tracker.scorers["components"] = Reading(loop.flow._sites, copy)
     with waits("meta") as noted:
         loop.step()
     assert noted.places
@@ -224,7 +224,7 @@ def test_cuda_itself_sees_no_wait(budget, mixed):
 def test_cuda_itself_sees_a_scorer_that_waits(mixed):
     loop = Loop(mixed, "cuda")
     loop.step()
-    loop.flow._tracker.scorers["components"] = Reading(loop.flow._sites, Tensor.item)
+    loop.flow._observers.tracker.scorers["components"] = Reading(loop.flow._sites, Tensor.item)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
