@@ -37,7 +37,7 @@ class Operation:
 
 
 class Ledger(TorchDispatchMode):
-    """Notes every operation that moves data; views cost nothing.
+    """Notes every operation that moves data; views and bare allocations cost nothing.
 
     Attributes:
         operations: What was noted, in order.
@@ -55,7 +55,7 @@ class Ledger(TorchDispatchMode):
         result = operation(*args, **kwargs)
         given = _tensors((args, kwargs))
         made = _tensors(result)
-        if _is_view(operation, given, made):
+        if _is_view(operation, given, made) or _only_allocates(operation):
             return result
         packet = _IN_PLACE.get(operation._overloadpacket, operation._overloadpacket)
         count = flop_registry.get(packet)
@@ -99,7 +99,12 @@ def _flops_of_kernel(name: str, args: Sequence[Any]) -> int:
 def _only_writes(operation: Any) -> bool:
     """Whether an operation takes from its input the shape alone."""
     name = operation._overloadpacket.__name__
-    return name.startswith(("new_", "empty", "zero", "fill", "ones")) or name.endswith("_like")
+    return name.startswith("new_") or name.endswith("_like")
+
+
+def _only_allocates(operation: Any) -> bool:
+    """Whether an operation reserves memory, and touches none."""
+    return "empty" in operation._overloadpacket.__name__
 
 
 def _bytes(tensor: Tensor) -> int:

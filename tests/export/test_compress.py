@@ -8,9 +8,8 @@ import torch
 from peft import PeftModel
 
 import rankflow as rf
-from rankflow import surgery
 from rankflow.adapters.base_weight import base_rows
-from rankflow.adapters.sites import find_sites
+from rankflow.adapters.sites import Site, find_sites
 from rankflow.errors import BudgetError, ExportError, SiteError, SpecError
 
 
@@ -350,15 +349,15 @@ def test_trained_biases_which_a_site_with_nothing_left_would_lose_are_refused(mi
 def test_a_failure_in_the_middle_leaves_everything_as_it_was(mixed, use_dora, monkeypatch):
     model = mixed(use_dora=use_dora, r=4)
     before, calls = state_of(model), []
-    install = surgery._SiteChange.install
+    install = Site.install
 
-    def fail_at_the_third(self):
+    def fail_at_the_third(self, **parameters):
         calls.append(self)
         if len(calls) == 3:
             raise RuntimeError("out of memory")
-        install(self)
+        install(self, **parameters)
 
-    monkeypatch.setattr(surgery._SiteChange, "install", fail_at_the_third)
+    monkeypatch.setattr(Site, "install", fail_at_the_third)
     with pytest.raises(RuntimeError, match="out of memory"):
         rf.compress(model, part_of(model, 0.5))
     after = model.state_dict()
