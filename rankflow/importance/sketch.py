@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 # i^-1/2; with four it keeps 0.7. Wider sketches gain less for the same memory.
 _OVERSAMPLING = 4
 
+# Directions whose share of a matrix in float64 is below this have lost their digits.
+_RESOLVED = 1e-12
+
 # Directions this far below the first are rounding: sums of bfloat16 products have three digits.
 _NEGLIGIBLE = 1e-3
 
@@ -171,8 +174,8 @@ class GradientSketch:
             site = self._sites[index]
             width = site.out_features if site.kind == "embedding" else site.in_features
             return torch.zeros(0, width, dtype=torch.float64)
-        core = self._core(index, torch.device("cpu"), torch.float64)
-        largest = torch.linalg.matrix_norm(core, ord=2)
+        core = self._core(index, torch.device("cpu"))
+        largest = _largest(core)
         outside = core if live is None else _outside(core, live)
         strengths, rows = torch.linalg.svd(outside, full_matrices=False)[1:]
         found = rows[(strengths > _NEGLIGIBLE * largest)][:count]
@@ -196,11 +199,13 @@ class GradientSketch:
             return torch.zeros(len(self._sites), device=home)
         largest = []
         for index, sketch in enumerate(self._sketches):
-            core = self._core(index, sketch.right.device, sketch.right.dtype)
+            has_doubles = sketch.right.device.type != "mps"
+            core = self._core(index, sketch.right.device if has_doubles else torch.device("cpu"))
             if live is not None:
                 core = _outside(core, live[index])
-            largest.append(torch.linalg.matrix_norm(core, ord=2).to(home))
-        return torch.stack(largest) / self._count.clamp_min(1)
+            largest.append(_largest(core))
+        energies = torch.stack(largest).to(home, self._sketches[0].right.dtype)
+        return energies / self._count.clamp_min(1)
 
     def average(self, what: str) -> None:
         """Bring together what the processes of the job have seen, before it is read or saved.
@@ -248,18 +253,21 @@ class GradientSketch:
         for buffer, product in zip(sketch.step, products, strict=True):
             buffer.add_(product)
 
-    def _core(self, index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        r"""Return few rows with the Gram matrix of :math:`G` (embeddings: of :math:`G^\top`)."""
+    def _core(self, index: int, device: torch.device) -> Tensor:
+        r"""Return few rows with the Gram matrix of :math:`G` (embeddings: of :math:`G^\top`).
+
+        They are float64, since Gram matrices square whatever separates directions.
+        """
         site, sketch = self._sites[index], self._sketches[index]
-        Y, Z = (t.to(device, dtype) for t in sketch.total)
+        Y, Z, left = (t.to(device, torch.float64) for t in (*sketch.total, sketch.left))
         finite = torch.isfinite(Y).all() & torch.isfinite(Z).all()
         Y, Z = torch.where(finite, Y, 0), torch.where(finite, Z, 0)
-        Q, X = low_rank(Y, Z, sketch.left.to(device, dtype))
+        X = solve(Y, Z, left)
         if site.magnitude is not None:
-            Q = Q * row_factor(site).to(device, dtype).unsqueeze(1)
+            Y = Y * row_factor(site).to(Y).unsqueeze(1)
         if site.kind == "embedding":
-            return torch.linalg.qr(X.T).R @ Q.T  # (k, out)
-        return torch.linalg.qr(Q).R @ X  # (k, in)
+            return _root(X @ X.T) @ Y.T  # (k, out)
+        return _root(Y.T @ Y) @ X  # (k, in)
 
     def _allocate(self, event: int) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -310,8 +318,12 @@ class _Draws:
         return self._made[key]
 
 
-def low_rank(Y: Tensor, Z: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Recover :math:`G \approx Q X` from its products with test matrices.
+def solve(Y: Tensor, Z: Tensor, left: Tensor) -> Tensor:
+    r"""Recover :math:`G \approx Y X` from its products with test matrices; return X.
+
+    With another basis of Y's columns in its place, such as an orthonormal one, the product is the
+    same. All that is decomposed here and below has a side of k or of the rank, and so is small
+    enough for the host: on a GPU such decompositions take longer than all products.
 
     Args:
         Y: :math:`G \Omega`, shape ``(out, k)``.
@@ -319,18 +331,33 @@ def low_rank(Y: Tensor, Z: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
         left: :math:`\Psi`, shape ``(out, l)``.
 
     Returns:
-        Q with orthonormal columns, shape ``(out, k)``, and X, shape ``(k, in)``.
+        Shape ``(k, in)``.
     """
-    Q = torch.linalg.qr(Y).Q
-    # The default driver on a CPU, gelsy, gives other last bits at every call.
-    return Q, torch.linalg.lstsq(left.T @ Q, Z, driver="gels").solution
+    inverse = torch.linalg.pinv((left.T @ Y).cpu(), rtol=_RESOLVED)
+    return inverse.to(Z.device) @ Z
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Return a matrix with this Gram matrix."""
+    values, vectors = torch.linalg.eigh(gram.cpu())
+    return (values.clamp_min(0).sqrt().unsqueeze(1) * vectors.T).to(gram.device)
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """Return the largest singular value of few rows, shape ``()``, on the host."""
+    return torch.linalg.eigvalsh((rows @ rows.T).cpu())[-1].clamp_min(0).sqrt()
 
 
 def _outside(rows: Tensor, live: Tensor) -> Tensor:
-    """Take out of rows what the live rows span; these may be dependent, or zero."""
-    strengths, basis = torch.linalg.svd(live.detach().to(rows), full_matrices=False)[1:]
-    largest = strengths.max() if len(strengths) else 0.0
-    basis = basis[strengths > torch.finfo(live.dtype).eps * largest]
+    """Take out of rows what the live rows span; these may be dependent, or zero.
+
+    What is longer than the rounding of the longest live row counts as spanned.
+    """
+    live = live.detach().to(rows)
+    gram = live @ live.T  # (rank, rank)
+    tiny = torch.finfo(gram.dtype).tiny
+    floor = (_RESOLVED * gram.diagonal().sum()).clamp_min(tiny)
+    factor = torch.linalg.cholesky_ex(gram + floor * torch.eye(len(gram)).to(gram)).L
     for _ in range(2):  # the second pass takes out the rounding of the first
-        rows = rows - (rows @ basis.T) @ basis
+        rows = rows - torch.cholesky_solve(live @ rows.T, factor).T @ live
     return rows
