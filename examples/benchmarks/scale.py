@@ -5,20 +5,22 @@
 Small decoder layers in float32 on one CPU core. What RankFlow's DoRA adds to a training step
 without adapter is measured at points that differ from one base in one dimension. A model counts
 what the code does (`rankflow.bench.ledger`) and has three constants of the machine, found at the
-points marked with *; all others it has to predict. Scores and events are timed by themselves and
-predicted from the two smallest points of each, and the allocation from its smallest: by C log C in
-the number C of components.
+points marked with *; all others it has to predict. Scores and events are timed by themselves:
+so much a site, and so much a parameter. The allocation is predicted from the smallest model: what
+sorts grows with C log C in the number C of components, and all else with C.
 """
 
+import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.optimize import nnls
 from transformers.utils import logging
 
 from rankflow import load_budget
@@ -34,6 +36,7 @@ CPU = torch.device("cpu")
 ROUNDS = 15
 LAYERS = (4, 8, 16, 32)
 SITES = (10**3, 10**4, 10**5)
+SORTS = 16  # of all components, in one decision
 TARGETS = {
     7: "all-linear",
     4: ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -105,7 +108,7 @@ def show_steps(console: Console) -> None:
     chosen = [costs[point] for point in CALIBRATION]
     machine = calibrate([(c.ours, c.floor) for c in chosen], [c.seconds for c in chosen])
     table = Table(
-        "layers", "rank", "tokens", "sites", "bare ms", "added ms", "of bare", "predicted", "error",
+        "layers", "rank", "tokens", "sites", "bare ms", "added", "added ms", "predicted", "error",
         box=None, title="what RankFlow's DoRA adds to a training step",
     )  # fmt: skip
     for point, cost in costs.items():
@@ -116,10 +119,8 @@ def show_steps(console: Console) -> None:
             str(point.tokens),
             str(point.layers * point.sites),
             f"{cost.floor_seconds * 1e3:.0f}",
-            f"{cost.seconds * 1e3:.1f}",
             f"{cost.seconds / cost.floor_seconds:.1%}",
-            f"{predicted * 1e3:.1f}",
-            f"{predicted / cost.seconds - 1:+.0%}",
+            *compare(cost.seconds, predicted),
         )
     console.print(table)
     console.print(describe(machine), style="dim", highlight=False)
@@ -137,7 +138,7 @@ def measure_engine(layers: int, rank: int) -> tuple[float, float, int]:
     """Return the seconds of `observe` and of an event, and the adapter's parameters."""
     workload = Point(layers=layers, tokens=16).workload
     trainee = start(workload, Adapter.LORA, rank, CPU, 10**6)
-    times = [trainee.step() for _ in range(6 * EVERY)][EVERY:]
+    times = [trainee.step() for _ in range(10 * EVERY)][EVERY:]
     assert trainee.flow is not None  # of an adapter that moves ranks
     scores = statistics.median(t.importance for t in times if t.kind == "plain")
     return (
@@ -148,29 +149,60 @@ def measure_engine(layers: int, rank: int) -> tuple[float, float, int]:
 
 
 def show_engine(console: Console) -> None:
-    """Measure scores and events, and predict the larger ones from the two smallest."""
-    for rank in (8, 32):
-        found = [measure_engine(n, rank) for n in LAYERS]
-        table = Table(
-            "sites", "parameters", "observe ms", "predicted", "error", "event ms", "predicted",
-            "error", box=None, title=f"scores and events at rank {rank}",
-        )  # fmt: skip
-        for n, (scores, event, parameters) in zip(LAYERS, found, strict=True):
-            cells = [str(7 * n), f"{parameters:,}"]
-            for i, seconds in enumerate((scores, event)):
-                line = np.polyfit(LAYERS[:2], [each[i] for each in found[:2]], 1)
-                predicted = float(np.polyval(line, n))
-                cells += [
-                    f"{seconds * 1e3:.2f}",
-                    f"{predicted * 1e3:.2f}",
-                    f"{predicted / seconds - 1:+.0%}",
-                ]
-            table.add_row(*cells)
-        console.print(table)
+    """Measure scores and events, and predict the larger models from the smaller."""
+    sizes = [(layers, rank) for rank in (8, 32) for layers in LAYERS]
+    found = [measure_engine(*size) for size in sizes]
+    is_small = np.array([layers in LAYERS[:2] for layers, _ in sizes])
+    counts = np.array([[1, 7 * n, p] for (n, _), (*_, p) in zip(sizes, found, strict=True)])
+    table = Table(
+        "sites", "rank", "parameters", "observe ms", "predicted", "error", "event ms", "predicted",
+        "error", box=None, title="scores and events",
+    )  # fmt: skip
+    measured = np.array([seconds for *seconds, _ in found])
+    # An event does nothing that does not grow; observe also looks at the step as a whole.
+    predicted = [
+        counts[:, columns] @ fit(counts[is_small][:, columns], measured[is_small, i])
+        for i, columns in enumerate(([0, 1, 2], [1, 2]))
+    ]
+    for k, (layers, rank) in enumerate(sizes):
+        cells = [f"{7 * layers}{'*' * is_small[k]}", str(rank), f"{found[k][2]:,}"]
+        for i in range(2):
+            cells += compare(measured[k, i], predicted[i][k])
+        table.add_row(*cells)
+    console.print(table)
 
 
-def time_allocation(sites: int, repeats: int = 5) -> tuple[int, float]:
-    """Return the components of a model and the seconds of one decision about them."""
+def fit(counts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Return the seconds of each thing counted, none negative, of least relative error."""
+    return nnls(counts / seconds[:, None], np.ones(len(seconds)))[0]
+
+
+def compare(seconds: float, predicted: float) -> list[str]:
+    """Return what was measured, what was predicted, and by how much that is wrong."""
+    return [
+        f"{seconds * 1e3:.3g}",
+        f"{predicted * 1e3:.3g}",
+        f"{predicted / seconds - 1:+.0%}",
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one decision about a model costs: components, seconds, and those spent on sorting."""
+
+    components: int
+    seconds: float
+    sorting: float
+
+    def predict(self, components: int) -> float:
+        """Return the seconds for another number of components, by C for most and C log C."""
+        more = components / self.components
+        logs = np.log2(components) / np.log2(self.components)
+        return float(more * (self.seconds + self.sorting * (logs - 1)))
+
+
+def time_allocation(sites: int) -> Decision:
+    """Decide about a model of many sites."""
     infos = [
         SiteInfo(f"site{i}", "linear", *LLAMA[i % 7], False, min_rank=0, max_rank=1024)
         for i in range(sites)
@@ -184,30 +216,30 @@ def time_allocation(sites: int, repeats: int = 5) -> tuple[int, float]:
     ages = np.full(components, spec.protect)
     scores, demand = rng.lognormal(0, 1.5, components), rng.lognormal(0, 1.5, sites)
     table = ComponentTable(resolved.sites, ranks, scores, ages, demand)
+    deciding = median_seconds(lambda: resolved.scheduler.plan(table, step=300))
+    return Decision(components, deciding, SORTS * median_seconds(lambda: np.argsort(scores)))
+
+
+def median_seconds(act: Callable[[], object], repeats: int = 5) -> float:
+    """Return the median seconds of a computation, without its first run."""
+    gc.collect()
+    gc.freeze()  # or every other decision also pays for a look at all objects of the process
     seconds = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         began = time.perf_counter()
-        resolved.scheduler.plan(table, step=300)
+        act()
         seconds.append(time.perf_counter() - began)
-    return components, statistics.median(seconds)
+    return statistics.median(seconds[1:])
 
 
 def show_allocation(console: Console) -> None:
     """Measure the allocation, and predict the larger ones from the smallest."""
     table = Table("sites", "components", "ms", "predicted", "error", box=None, title="allocation")
-    constant = None
-    for sites in SITES:
-        components, seconds = time_allocation(sites)
-        size = components * np.log2(components)
-        constant = constant or seconds / size
-        predicted = constant * size
-        table.add_row(
-            f"{sites:,}",
-            f"{components:,}",
-            f"{seconds * 1e3:.0f}",
-            f"{predicted * 1e3:.0f}",
-            f"{predicted / seconds - 1:+.0%}",
-        )
+    decisions = [time_allocation(sites) for sites in SITES]
+    for sites, decision in zip(SITES, decisions, strict=True):
+        predicted = decisions[0].predict(decision.components)
+        cells = compare(decision.seconds, predicted)
+        table.add_row(f"{sites:,}", f"{decision.components:,}", *cells)
     console.print(table)
 
 
