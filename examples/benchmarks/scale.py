@@ -165,7 +165,7 @@ def show_engine(console: Console) -> None:
         for i, columns in enumerate(([0, 1, 2], [1, 2]))
     ]
     for k, (layers, rank) in enumerate(sizes):
-        cells = [f"{7 * layers}{'*' * is_small[k]}", str(rank), f"{found[k][2]:,}"]
+        cells = [f"{7 * layers}{'*' if is_small[k] else ''}", str(rank), f"{found[k][2]:,}"]
         for i in range(2):
             cells += compare(measured[k, i], predicted[i][k])
         table.add_row(*cells)
