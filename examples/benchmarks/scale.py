@@ -68,7 +68,7 @@ class Point:
 
 
 BASE = Point()
-CALIBRATION = (BASE, Point(rank=8), Point(rank=128), Point(tokens=1024))
+CALIBRATION = (BASE, Point(rank=8), Point(rank=128), Point(tokens=64), Point(tokens=1024))
 POINTS = (
     *(replace(BASE, layers=n) for n in LAYERS),
     *(replace(BASE, rank=r) for r in (8, 128, 384)),
@@ -149,10 +149,10 @@ def measure_engine(layers: int, rank: int) -> tuple[float, float, int]:
 
 
 def show_engine(console: Console) -> None:
-    """Measure scores and events, and predict the larger models from the smaller."""
+    """Measure scores and events, and predict the largest models from all others."""
     sizes = [(layers, rank) for rank in (8, 32) for layers in LAYERS]
     found = [measure_engine(*size) for size in sizes]
-    is_small = np.array([layers in LAYERS[:2] for layers, _ in sizes])
+    is_small = np.array([layers < LAYERS[-1] for layers, _ in sizes])
     counts = np.array([[1, 7 * n, p] for (n, _), (*_, p) in zip(sizes, found, strict=True)])
     table = Table(
         "sites", "rank", "parameters", "observe ms", "predicted", "error", "event ms", "predicted",
