@@ -113,3 +113,12 @@ def test_a_decoder_in_four_bits_computes_nearly_the_same():
         after = quantise(decoder).model(inputs_embeds=x).last_hidden_state
     assert 0 < (after - before).norm() < 0.2 * before.norm()
     assert type(decoder.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+@pytest.mark.parametrize("adapter", list(Adapter))
+def test_a_base_in_four_bits_is_trained_by_all_adapters(adapter):
+    pytest.importorskip("bitsandbytes")
+    trainee = start(Workload(TINY, 1, 8, torch.bfloat16, nf4=True), adapter, 4, CPU, 40)
+    assert [trainee.step().kind for _ in range(EVERY)][-1] == "event"
+    layers = [m for m in trainee.model.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(layers) >= 7
