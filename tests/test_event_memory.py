@@ -116,15 +116,16 @@ class Run:
         """Bytes of the largest site's adapter with its optimizer state, and of what is constant.
 
         DoRA's norms take a tile of one weight, here a whole one. The energy outside of a site's
-        components takes three times its sketch of 8 columns and 32 rows. The score `sensitivity`
-        multiplies up to 2^18 entries, here those of one width. Vectors are small.
+        components takes its sketch of 8 columns and 32 rows, and the 32 columns of a test matrix,
+        in float64. The score `sensitivity` multiplies up to 2^18 entries, here those of one width.
+        Vectors are small.
         """
         largest = max(storage_bytes(self._tensors(site)) for site in self.flow._sites)
         tile = 4 * 3 * self.width**2 if self.kind == "hybrid" else 0
-        sketch = 4 * (8 * 3 * self.width + 32 * self.width)
+        sketch = 8 * ((8 + 32) * 3 * self.width + 32 * self.width)
         entries = min(2**18, sum(self.flow.ranks.values()) * self.width)
         products = 4 * entries if self.kind == "sensitivity" else 0
-        return largest + max(tile, 3 * sketch, products) + VECTORS
+        return largest + max(tile, sketch, products) + VECTORS
 
     def _tensors(self, site):
         parameters = [*site.named_parameters.values(), *site.trained]
@@ -135,7 +136,8 @@ class Run:
 def living_on(run):
     """All tensors on the device of a run."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    plain = (Tensor, nn.Parameter)  # others, of compiled code, hold no numbers
+    tensors = [t for t in gc.get_objects() if type(t) in plain]
     return [t for t in tensors if t.device.type == run.device.type]
 
 

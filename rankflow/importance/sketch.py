@@ -259,10 +259,11 @@ class GradientSketch:
         They are float64, since Gram matrices square whatever separates directions.
         """
         site, sketch = self._sites[index], self._sketches[index]
-        Y, Z, left = (t.to(device, torch.float64) for t in (*sketch.total, sketch.left))
-        finite = torch.isfinite(Y).all() & torch.isfinite(Z).all()
-        Y, Z = torch.where(finite, Y, 0), torch.where(finite, Z, 0)
-        X = solve(Y, Z, left)
+        Y, Z = (t.to(device, torch.float64, copy=True) for t in sketch.total)
+        broken = ~(torch.isfinite(Y).all() & torch.isfinite(Z).all())
+        Y.masked_fill_(broken, 0)
+        Z.masked_fill_(broken, 0)
+        X = solve(Y, Z, sketch.left.to(device, torch.float64))
         if site.magnitude is not None:
             Y = Y * row_factor(site).to(Y).unsqueeze(1)
         if site.kind == "embedding":
