@@ -54,8 +54,10 @@ def _adopt_gate(site: Site, optimizer: Optimizer) -> None:
     Raises:
         SurgeryError: The optimizer has trained the site without its gate.
     """
+    if site.gate is None:
+        return
     places = places_in(optimizer)
-    if site.gate is None or site.gate in places or site.B not in places:
+    if site.gate in places or site.B not in places:
         return
     if optimizer.state.get(site.B):
         raise SurgeryError(

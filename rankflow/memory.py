@@ -75,9 +75,9 @@ class _Tally(TorchDispatchMode):
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation and count what it made."""
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        given = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
         result = operation(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if tensor.untyped_storage()._cdata not in given:
                 self._add(tensor)
         if self._live > self.peak:
@@ -101,5 +101,6 @@ class _Tally(TorchDispatchMode):
             self._live -= storages.pop(key)[1]
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return all tensors in nested lists, tuples and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

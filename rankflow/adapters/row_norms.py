@@ -55,10 +55,10 @@ def row_norms_of_sum(
 
         return row_norms(weight, A, B, scale, axis, _CANCELLED)
     A, B = _widened(A, weight), _widened(B, weight)
-    if axis == 1 or weight.device.type != "cpu" or torch.compiler.is_compiling():
-        total = _sum_of_squares(weight, A, B, scale, axis)
-    else:
+    if _is_expanded(weight, axis) and not torch.compiler.is_compiling():
         total = _expanded_squares(weight, A, B, scale, squares)
+    else:
+        total = _sum_of_squares(weight, A, B, scale, axis)
     return total.sqrt().clamp_min(torch.finfo(A.dtype).tiny)
 
 
@@ -88,12 +88,22 @@ def measure_norms(
 
 
 @torch.no_grad()
-def squares_of_base(layer: LoraLayer, A: Tensor, B: Tensor) -> Tensor:
-    """Return the squared norm of each row of W alone, shape ``(out,)``, as precise as the norms."""
+def squares_of_base(layer: LoraLayer, A: Tensor, B: Tensor) -> Tensor | None:
+    """Return the squared norm of each row of W alone, shape ``(out,)``, as precise as the norms.
+
+    None where these are summed without it.
+    """
+    if not _is_expanded(layer.get_base_layer().weight, output_axis(layer)):
+        return None
     weight = dense_weight(layer).detach().flatten(1)
     A, B = (_widened(t.detach().flatten(1), weight) for t in (A, B))
     with own_precision(weight):
-        return _squares_alone(weight, A, B, output_axis(layer))
+        return _squares_alone(weight, A, B)
+
+
+def _is_expanded(weight: Tensor, axis: int) -> bool:
+    """Whether the torch code takes norms from their terms."""
+    return axis == 0 and weight.device.type == "cpu"
 
 
 def own_precision(tensor: Tensor) -> AbstractContextManager[None]:
@@ -108,7 +118,7 @@ def _expanded_squares(
     weight: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor | None
 ) -> Tensor:
     if squares is None:
-        squares = _squares_alone(weight, A, B, axis=0)
+        squares = _squares_alone(weight, A, B)
     # Few rows against many columns is the faster order of a product with few components.
     mixed = (A.to(weight.dtype) @ weight.T).T.to(B.dtype)  # (out, rank)
     cross = 2 * scale * (B * mixed).sum(dim=1)
@@ -123,8 +133,8 @@ def _expanded_squares(
     return total
 
 
-def _squares_alone(weight: Tensor, A: Tensor, B: Tensor, axis: int) -> Tensor:
-    return _sum_of_squares(weight, A[:0], B[:, :0], 0.0, axis)
+def _squares_alone(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return _sum_of_squares(weight, A[:0], B[:, :0], 0.0, axis=0)
 
 
 def _sum_of_squares(weight: Tensor, A: Tensor, B: Tensor, scale: float, axis: int) -> Tensor:

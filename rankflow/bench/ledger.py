@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from rankflow.memory import tensors_in
 
 _aten = torch.ops.aten
 _IN_PLACE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
@@ -53,8 +54,8 @@ class Ledger(TorchDispatchMode):
         """Run an operation and note it."""
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
-        given = _tensors((args, kwargs))
-        made = _tensors(result)
+        given = tensors_in((args, kwargs))
+        made = tensors_in(result)
         if _is_view(operation, given, made) or _only_allocates(operation):
             return result
         packet = _IN_PLACE.get(operation._overloadpacket, operation._overloadpacket)
@@ -113,7 +114,3 @@ def _bytes(tensor: Tensor) -> int:
         size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0
     )
     return entries * tensor.element_size() if tensor.numel() else 0
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

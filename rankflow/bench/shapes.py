@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoModel, LlamaConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,8 @@ class Decoder(nn.Module):
             max_position_embeddings=8192,
             use_cache=False,
         )
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with device:
-                self.model = LlamaModel(config)
-        finally:
-            torch.set_default_dtype(default)
+        with device:
+            self.model = AutoModel.from_config(config, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a loss, shape ``()``.
